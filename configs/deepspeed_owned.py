@@ -1,0 +1,50 @@
+"""The keys of DeepSpeed's configuration that crossguard sets itself, each with the key to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from crossguard.configs.errors import UserError
+
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "train.lr, train.betas and train.weight_decay",
+    "scheduler": "train.warmup_steps, train.schedule_steps and train.min_lr_ratio",
+    "fp16.enabled": "train.precision",
+    "bf16.enabled": "train.precision",
+    "bfloat16.enabled": "train.precision",
+    "torch_autocast.enabled": "train.precision",
+    "torch_autocast.dtype": "train.precision",
+    "zero_optimization.stage": "zero=0, 1, 2 or 3",
+}
+
+
+def check_owned(block: Mapping[str, Any]) -> None:
+    """Refuse a key under `zero.deepspeed` that crossguard owns.
+
+    Raises:
+        UserError: names the key and crossguard's own key for it.
+    """
+    for name, instead in OWNED.items():
+        if _at(block, name) is not None:
+            raise UserError(f"zero.deepspeed.{name}: crossguard sets it; use {instead}")
+    for offload in ("offload_optimizer", "offload_param"):
+        if _at(block, f"zero_optimization.{offload}.device") == "nvme":
+            raise UserError(
+                f"zero.deepspeed.zero_optimization.{offload}.device=nvme: checkpoints cannot see state on NVMe; use cpu"
+            )
+
+
+def _at(block: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, or None."""
+    value: Any = block
+    for name in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value

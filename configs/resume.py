@@ -1,0 +1,61 @@
+"""What may change between a training run and its resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Keys, or groups of keys, that decide neither the samples of a step nor what is done with them. Where posts and shards
+# lie may change because a run directory may be copied; their content is checked by the hash in the order's state.
+MAY_CHANGE = (
+    "ablations",
+    "build.max_errors_listed",
+    "build.num_workers",
+    "checkpoint",
+    "data.path",
+    "data.shards",
+    "description",
+    "evaluation",
+    "launcher",
+    "run_dir",
+    "tracker",
+    "train.log_every",
+    "train.log_samples",
+    "train.max_epochs",
+    "train.max_steps",
+    "train.micro_batch_size",
+    "train.num_workers",
+    "train.patience",
+    "train.restart",
+    "zero",
+)
+
+
+def changed_on_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ between two resolved configurations and must not.
+
+    Args:
+        saved: the configuration stored in the checkpoint, as nested mappings.
+        now: the configuration of this start, as nested mappings.
+
+    Returns:
+        One line for each key: its name, the old and the new value; empty when training may go on.
+    """
+    old, new = _flat(saved), _flat(now)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [
+        f"{key}: was {old.get(key, 'not set')}, is now {new.get(key, 'not set')}"
+        for key in changed
+        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value. Lists are values; an empty mapping is the same as an absent one."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves.update(_flat(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return leaves

@@ -1,0 +1,73 @@
+"""The resolved configuration as a file of the run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from crossguard.configs.compose import to_schema
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema import Config
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """Nested dictionaries and lists, without any absolute path: those become relative to the working directory.
+
+    A run directory may be copied to another machine, where an absolute path would mean nothing.
+    """
+    plain: dict[str, Any] = _relative(dataclasses.asdict(config))
+    return plain
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write the whole resolved configuration as YAML, atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
+    staged.write_text(yaml.safe_dump(as_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    staged.replace(file)
+
+
+def load_config(file: Path) -> Config:
+    """Read what `save_config` wrote.
+
+    Raises:
+        UserError: there is no such file, or this version of the schema refuses it.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; is this the run directory of a job that has started?")
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
+    return to_schema(loaded)  # type: ignore[arg-type]
+
+
+def select(plain: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values at dotted `keys`, by key."""
+    values = {}
+    for key in keys:
+        value: Any = plain
+        for name in key.split("."):
+            value = value[name]
+        values[key] = value
+    return values
+
+
+def fingerprint(value: Any) -> str:
+    """Hash of anything that JSON can hold, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _relative(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _relative(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_relative(inner) for inner in value]
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.relpath(value)
+    return value

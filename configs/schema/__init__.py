@@ -1,0 +1,79 @@
+"""The typed schema of the whole configuration: one dataclass a group, a sentence above each field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.build import BuildConfig
+from crossguard.configs.schema.checkpoint import CheckpointConfig
+from crossguard.configs.schema.data import DataConfig
+from crossguard.configs.schema.evaluation import EvaluationConfig
+from crossguard.configs.schema.launcher import LauncherConfig
+from crossguard.configs.schema.model import ModelConfig
+from crossguard.configs.schema.taxonomy import TaxonomyConfig
+from crossguard.configs.schema.tracker import TrackerConfig
+from crossguard.configs.schema.train import TrainConfig
+from crossguard.configs.schema.zero import ZeroConfig
+
+
+@dataclass
+class Config:
+    """A recipe, resolved."""
+
+    # Name of the recipe.
+    recipe: str = ""
+    # One sentence about the recipe, shown by `crossguard recipes`.
+    description: str = ""
+    # Where everything of this job is written.
+    run_dir: str = ""
+    # The seed of the sample order, of the weights and of every other draw.
+    seed: int = 0
+    # Ablations: name -> overrides; models trained apart with the same budget on the same shards.
+    ablations: dict[str, list[str]] = field(default_factory=dict)
+    # The policies.
+    taxonomy: TaxonomyConfig = MISSING
+    # Where posts come from.
+    data: DataConfig = field(default_factory=DataConfig)
+    # How posts become shards.
+    build: BuildConfig = field(default_factory=BuildConfig)
+    # The classifier.
+    model: ModelConfig = MISSING
+    # Optimisation.
+    train: TrainConfig = field(default_factory=TrainConfig)
+    # DeepSpeed.
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    # Saving.
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # Where ranks run.
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    # Experiment tracking.
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    # Measuring.
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.patience and not self.evaluation.every_steps:
+            raise UserError("train.patience: needs evaluation.every_steps above 0")
+        if self.data.source != "synthetic" and not self.data.path and not self.data.shards:
+            raise UserError(
+                f"data.path: not set; recipe '{self.recipe}' needs data.path=FILE_OR_FOLDER of posts"
+                " (or data.shards=DIR built before)"
+            )
+
+
+__all__ = [
+    "BuildConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LauncherConfig",
+    "ModelConfig",
+    "TaxonomyConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "ZeroConfig",
+]

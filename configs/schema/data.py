@@ -1,0 +1,35 @@
+"""Where posts come from and where their shards lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from crossguard.configs.schema.checks import at_least, one_of
+
+SOURCES = ("jsonl", "table", "hf", "webdataset", "synthetic")
+
+
+@dataclass
+class DataConfig:
+    """Posts in, shards out."""
+
+    # What kind of input `path` is; `module:name` names a source of your own.
+    source: str = "jsonl"
+    # A file or a folder of them (jsonl, table, webdataset), or a dataset id or folder (hf); relative to the
+    # working directory.
+    path: str | None = None
+    # Where build writes and train reads shards; by default `shards` inside the run directory.
+    shards: str | None = None
+    # At most this many posts, chosen by a hash of their ids, for a first look; by default all.
+    limit: int | None = None
+    # The folder that media paths of a table start from; by default the table's own folder.
+    media_dir: str | None = None
+    # For table and hf: a post's field -> the column it is read from, e.g. {text: tweet, labels.hate: is_hate}.
+    columns: dict[str, str] = field(default_factory=dict)
+    # Further arguments of the source; each source lists its own.
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("data.source", self.source, SOURCES, or_own=True)
+        at_least("data.limit", self.limit, 1)

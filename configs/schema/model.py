@@ -1,0 +1,119 @@
+"""The classifier: a text encoder, an image encoder, their fusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.checks import at_least, one_of, within
+
+MODALITIES = ("text", "image")
+POOLINGS = ("mean", "first")
+
+
+@dataclass
+class TextEncoderConfig:
+    """Exactly one of `pretrained`, `config` and `build` says what the encoder is."""
+
+    # A Hugging Face model: hub id or local folder.
+    pretrained: str | None = None
+    # A model from scratch: a `transformers` configuration with its `model_type`.
+    config: dict[str, Any] = field(default_factory=dict)
+    # An encoder of your own, `module:function`, called with this configuration.
+    build: str | None = None
+    # `bytes` (UTF-8, any language, no file), a hub id or a local folder; by default that of `pretrained`.
+    tokenizer: str | None = None
+    # Tokens kept of a post's text, special ones included.
+    max_length: int = 128
+    # Put in front of every text, for encoders that were trained with one (e5: "query: ").
+    prefix: str = ""
+    # How tokens become the encoder's summary: mean over the text, or the first token.
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        _at_most_one_kind("model.text", self)
+        at_least("model.text.max_length", self.max_length, 4)
+        one_of("model.text.pooling", self.pooling, POOLINGS)
+
+
+@dataclass
+class ImageEncoderConfig:
+    """Exactly one of `pretrained`, `config` and `build` says what the encoder is."""
+
+    # A Hugging Face model: hub id or local folder.
+    pretrained: str | None = None
+    # A model from scratch: a `transformers` configuration with its `model_type`.
+    config: dict[str, Any] = field(default_factory=dict)
+    # An encoder of your own, `module:function`, called with this configuration.
+    build: str | None = None
+    # Height and width in pixels that images are scaled to.
+    size: int = 64
+    # Mean of the channels (red, green, blue) in [0, 1] that is subtracted.
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    # Standard deviation of the channels that is divided by.
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    # Images looked at in a post that has several.
+    max_images: int = 1
+
+    def __post_init__(self) -> None:
+        _at_most_one_kind("model.image", self)
+        at_least("model.image.size", self.size, 8)
+        at_least("model.image.max_images", self.max_images, 1)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0) <= 0:
+            raise UserError("model.image.mean and model.image.std: three numbers each, std above 0")
+
+
+@dataclass
+class FusionConfig:
+    """A small transformer over the tokens of all modalities, and their product."""
+
+    # Width of the fused representation.
+    width: int = 128
+    # Transformer layers over the joined tokens.
+    layers: int = 1
+    # Attention heads; divides `width`.
+    heads: int = 4
+    # Dropout inside the fusion.
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("model.fusion.layers", self.layers, 0)
+        within("model.fusion.dropout", self.dropout, 0, 1)
+        if self.width % self.heads:
+            raise UserError(f"model.fusion.heads={self.heads}: must divide model.fusion.width={self.width}")
+
+
+@dataclass
+class ModelConfig:
+    """What is trained."""
+
+    # The modalities that the model looks at; others are ignored even where a post has them.
+    modalities: list[str] = field(default_factory=lambda: ["text", "image"])
+    # Probability, in training, that one modality of a post that has several is replaced by its "absent" token.
+    modality_dropout: float = 0.0
+    # The text encoder.
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    # The image encoder.
+    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    # How modalities are joined.
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+
+    def __post_init__(self) -> None:
+        if not self.modalities:
+            raise UserError(f"model.modalities: empty; allowed: {', '.join(MODALITIES)}")
+        for name in self.modalities:
+            one_of("model.modalities", name, MODALITIES)
+        within("model.modality_dropout", self.modality_dropout, 0, 1)
+        for name in self.modalities:
+            encoder = self.text if name == "text" else self.image
+            if not (encoder.pretrained or encoder.config or encoder.build):
+                raise UserError(
+                    f"model.{name}: set one of pretrained, config, build, or leave '{name}' out of model.modalities"
+                )
+
+
+def _at_most_one_kind(key: str, encoder: TextEncoderConfig | ImageEncoderConfig) -> None:
+    given = [f"{key}.{name}" for name in ("pretrained", "config", "build") if getattr(encoder, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: set only one of them")

@@ -1,0 +1,66 @@
+"""Schema of a taxonomy: a versioned, ordered set of policies."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.checks import one_of
+
+# Statement categories of the transparency database of the EU Digital Services Act.
+DSA_CATEGORIES = (
+    "ANIMAL_WELFARE",
+    "CONSUMER_INFORMATION",
+    "CYBER_VIOLENCE",
+    "CYBER_VIOLENCE_AGAINST_WOMEN",
+    "DATA_PROTECTION_AND_PRIVACY_VIOLATIONS",
+    "ILLEGAL_OR_HARMFUL_SPEECH",
+    "INTELLECTUAL_PROPERTY_INFRINGEMENTS",
+    "NEGATIVE_EFFECTS_ON_CIVIC_DISCOURSE_OR_ELECTIONS",
+    "NOT_SPECIFIED_NOTICE",
+    "OTHER_VIOLATION_TC",
+    "PROTECTION_OF_MINORS",
+    "RISK_FOR_PUBLIC_SECURITY",
+    "SCAMS_AND_FRAUD",
+    "SELF_HARM",
+    "UNSAFE_AND_PROHIBITED_PRODUCTS",
+    "VIOLENCE",
+)
+
+
+@dataclass
+class PolicyConfig:
+    """One thing that the platform forbids."""
+
+    # The key under `labels` in a post: lower-case letters, digits and underscores.
+    name: str = ""
+    # One sentence that a reviewer would recognise.
+    description: str = ""
+    # The category of the EU Digital Services Act's transparency database that it is reported under.
+    dsa_category: str = "OTHER_VIOLATION_TC"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise UserError(f"taxonomy.policies: name '{self.name}': use lower-case letters, digits and underscores")
+        one_of(f"taxonomy.policies.{self.name}.dsa_category", self.dsa_category, DSA_CATEGORIES)
+
+
+@dataclass
+class TaxonomyConfig:
+    """A versioned, ordered set of policies; the order is the order of the model's logits."""
+
+    # Name of the taxonomy.
+    name: str = ""
+    # Version of the taxonomy; raise it whenever a policy is added, removed or redefined.
+    version: str = "1"
+    # The policies, in the order of the model's outputs.
+    policies: list[PolicyConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [policy.name for policy in self.policies]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise UserError(f"taxonomy.policies: '{doubled[0]}' stands twice")
+        if not names:
+            raise UserError("taxonomy.policies: empty; choose one with taxonomy=NAME or list policies in the recipe")

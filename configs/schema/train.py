@@ -1,0 +1,98 @@
+"""Optimisation: steps, batches, learning rate, loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.checks import at_least, one_of, within
+
+LOSSES = ("bce", "focal", "asymmetric")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class LossConfig:
+    """A masked loss: unknown labels take no part in it."""
+
+    # bce, focal (arXiv 1708.02002), asymmetric (arXiv 2009.14119), or `module:function` of your own.
+    name: str = "bce"
+    # Focusing exponent of the focal loss.
+    gamma: float = 2.0
+    # Weight of positives in the focal loss; benign labels weigh one minus it. By default both weigh 1.
+    alpha: float | None = None
+    # Focusing exponent of the asymmetric loss for positives.
+    gamma_positive: float = 0.0
+    # Focusing exponent of the asymmetric loss for negatives.
+    gamma_negative: float = 4.0
+    # Probability margin below which the asymmetric loss ignores negatives.
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        one_of("train.loss.name", self.name, LOSSES, or_own=True)
+        within("train.loss.alpha", self.alpha, 0, 1)
+        within("train.loss.margin", self.margin, 0, 1)
+        for name in ("gamma", "gamma_positive", "gamma_negative"):
+            at_least(f"train.loss.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides the weights, beside the data and the model."""
+
+    # Steps to train for; step n covers positions [(n-1)·batch_size, n·batch_size).
+    max_steps: int = 1000
+    # Also stop after this many passes over the training posts, for a first look.
+    max_epochs: float | None = None
+    # Posts in a step, over all ranks; the ranks must divide it.
+    batch_size: int = 64
+    # Upper bound of posts in one forward pass of a rank: the largest divisor of batch_size / ranks not above it
+    # is used.
+    micro_batch_size: int = 32
+    # Peak learning rate of AdamW.
+    lr: float = 3e-4
+    # Decoupled weight decay; not applied to biases, norms and other vectors.
+    weight_decay: float = 0.01
+    # Decay rates of AdamW's moments.
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    # Steps of linear warm-up.
+    warmup_steps: int = 50
+    # Learning rate at the end of the cosine, as a share of the peak.
+    min_lr_ratio: float = 0.0
+    # Horizon of the cosine; by default the first max_steps. It does not move on resume.
+    schedule_steps: int | None = None
+    # Largest norm of the gradient; 0 switches clipping off.
+    grad_clip: float = 1.0
+    # Each encoder layer below the top learns at this factor of the one above it; 1 is off.
+    layer_decay: float = 1.0
+    # Parameters whose names match one of these patterns (fnmatch) are not trained, e.g. "text.*embeddings*".
+    freeze: list[str] = field(default_factory=list)
+    # Number format of the forward and backward pass.
+    precision: str = "fp32"
+    # What is minimised.
+    loss: LossConfig = field(default_factory=LossConfig)
+    # Processes that read and decode for each rank; 0 reads in the training process. They never change the order.
+    num_workers: int = 1
+    # Log a line every this many steps.
+    log_every: int = 1
+    # Write the ids of every step to samples/.
+    log_samples: bool = False
+    # Stop after this many evaluations without a better `checkpoint.metric`; by default never.
+    patience: int | None = None
+    # Move the checkpoints of this run directory aside and start at step 0.
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "num_workers", "grad_clip", "weight_decay"):
+            at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "schedule_steps", "patience"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
+        within("train.layer_decay", self.layer_decay, 0, 1)
+        one_of("train.precision", self.precision, PRECISIONS)
+        if self.lr <= 0:
+            raise UserError(f"train.lr={self.lr}: must be above 0")
+        if self.max_epochs is not None and self.max_epochs <= 0:
+            raise UserError(f"train.max_epochs={self.max_epochs}: must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas={self.betas}: two numbers in [0, 1)")

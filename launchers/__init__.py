@@ -1,0 +1,12 @@
+"""Where a job runs: command lines and environments, nothing of models or data."""
+
+from __future__ import annotations
+
+from crossguard.configs.schema import LauncherConfig
+
+
+def launch(arguments: list[str], config: LauncherConfig) -> None:
+    """Run `python -m crossguard.train ARGUMENTS` on the ranks that `config` describes, and wait for the end."""
+    from crossguard.launchers import local
+
+    local.launch(arguments, config)

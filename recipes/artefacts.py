@@ -1,0 +1,80 @@
+"""Hashes of what the stages hand to each other; empty where an artefact is not there yet."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from crossguard.configs.errors import UserError
+from crossguard.recipes.job import Job
+
+Hashes = dict[str, str]
+
+
+def posts(job: Job) -> Hashes:
+    """What the source would read."""
+    from crossguard.data.sources import open_source
+    from crossguard.data.taxonomy import Taxonomy
+
+    taxonomy = Taxonomy.from_config(job.config.taxonomy)
+    return {"posts": open_source(job.config.data, taxonomy, job.config.seed).fingerprint()}
+
+
+def manifest(job: Job) -> Hashes:
+    """The shards."""
+    from crossguard.data.shards.manifest import Manifest
+
+    if not (job.shards_dir / "manifest.json").exists():
+        return {}
+    return {"manifest": Manifest.load(job.shards_dir).sha256}
+
+
+def checkpoint(job: Job) -> Hashes:
+    """The newest checkpoint and the best one, by the manifest inside each."""
+    return _checkpoint(job.run_dir)
+
+
+def trained(job: Job) -> Hashes:
+    """Shards and checkpoints, those of the ablations as well."""
+    hashes = {**manifest(job), **checkpoint(job)}
+    for folder in sorted((job.run_dir / "ablations").glob("*")):
+        hashes |= {f"ablations/{folder.name}/{name}": value for name, value in _checkpoint(folder).items()}
+    return hashes
+
+
+def report(job: Job) -> Hashes:
+    """Figures and predictions."""
+    files = [job.run_dir / "report" / "metrics.json", *sorted((job.run_dir / "predictions").glob("*.parquet"))]
+    if not files[0].exists():
+        return {}
+    return {file.relative_to(job.run_dir).as_posix(): _hash(file) for file in files}
+
+
+def evaluated(job: Job) -> Hashes:
+    """The checkpoints and what was measured on them."""
+    return {**checkpoint(job), **report(job)}
+
+
+def bundle(job: Job) -> Hashes:
+    """The exported files."""
+    folder = job.run_dir / "bundle"
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    return {file.relative_to(job.run_dir).as_posix(): _hash(file) for file in files}
+
+
+def _checkpoint(run_dir: Path) -> Hashes:
+    hashes = {}
+    for pointer in ("latest", "best"):
+        file = run_dir / "checkpoints" / pointer
+        if file.exists():
+            name = file.read_text().strip()
+            hashes[pointer] = f"{name}:{_hash(run_dir / 'checkpoints' / name / 'manifest.json')}"
+    return hashes
+
+
+def _hash(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; the run directory is damaged") from None

@@ -1,0 +1,99 @@
+"""One function a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from crossguard.configs.arguments import take
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.checks import one_of
+from crossguard.recipes.job import Job
+from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
+
+
+def run(argv: list[str]) -> None:
+    """All stages of the recipe, its ablations included."""
+    job = Job.from_arguments(argv)
+    ablations = job.ablations()
+    _do(BUILD, job)
+    _do(TRAIN, job)
+    for name, ablation in ablations.items():
+        _do(TRAIN, ablation, f" (ablation {name})")
+    _do(EVALUATE, job)
+    _do(EXPORT, job)
+
+
+def build(argv: list[str]) -> None:
+    """Posts to shards."""
+    _do(BUILD, Job.from_arguments(argv))
+
+
+def train(argv: list[str]) -> None:
+    """Shards to checkpoints."""
+    _do(TRAIN, Job.from_arguments(argv))
+
+
+def evaluate(argv: list[str]) -> None:
+    """A checkpoint to predictions and a report."""
+    _do(EVALUATE, Job.from_arguments(argv))
+
+
+def export(argv: list[str]) -> None:
+    """A checkpoint to a bundle."""
+    _do(EXPORT, Job.from_arguments(argv))
+
+
+def predict(argv: list[str]) -> None:
+    """Posts and a bundle to scores."""
+    from crossguard.recipes.predicting import predict_posts
+
+    predict_posts(argv)
+
+
+def shards(argv: list[str]) -> None:
+    """Tools for shards."""
+    one_of("shards", argv[0] if argv else "", ("preview",))
+    own, rest = take(argv[1:], "step")
+    if not own.get("step", "").isdigit() or int(own["step"]) < 1:
+        raise UserError(f"step={own.get('step', '')}: say step=N with N from 1")
+    job = Job.from_arguments(rest)
+    from crossguard.data.loading.preview import preview
+
+    step = int(own["step"])
+    ids = preview(job.config, job.shards_dir, job.run_dir, step)
+    print(json.dumps({"step": step, "ids": ids}, ensure_ascii=False))
+
+
+def recipes(argv: list[str]) -> None:
+    """The recipes that can be named from here."""
+    _no_arguments("recipes", argv)
+    from crossguard.configs.describe import recipe_sentences
+
+    for name, sentence in recipe_sentences().items():
+        print(f"{name:<24}{sentence}")
+
+
+def config(argv: list[str]) -> None:
+    """Every field of a recipe's configuration."""
+    from crossguard.configs.describe import describe
+
+    print(describe(argv))
+
+
+def doctor(argv: list[str]) -> None:
+    """What this machine can do."""
+    _no_arguments("doctor", argv)
+    from crossguard.recipes.doctor import examine
+
+    examine(Path.cwd())
+
+
+def _do(stage: Stage, job: Job, which: str = "") -> None:
+    if not run_stage(stage, job):
+        print(f"{stage.name}{which}: done before, skipped", flush=True)
+
+
+def _no_arguments(name: str, argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"{name}: takes no arguments, got {' '.join(argv)}")

@@ -1,0 +1,52 @@
+"""What each stage does. Heavy parts are imported inside, so that a wrong configuration is answered at once."""
+
+from __future__ import annotations
+
+from crossguard.configs.errors import UserError
+from crossguard.launchers import launch
+from crossguard.recipes.job import Job
+
+
+def build(job: Job) -> None:
+    """Write the shards."""
+    from crossguard.data.shards.build import build_shards
+
+    if job.config.data.source != "synthetic" and not job.config.data.path:
+        raise UserError("data.path: not set; build needs data.path=FILE_OR_FOLDER of posts")
+    manifest = build_shards(job.config, job.shards_dir, job.run_dir / "quarantine.jsonl")
+    counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
+    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {job.shards_dir}", flush=True)
+
+
+def train(job: Job) -> None:
+    """Train on the ranks of the launcher; goes on by itself where a run directory has checkpoints."""
+    _need_shards(job)
+    launch(["stage=train", *job.arguments], job.config.launcher)
+
+
+def evaluate(job: Job) -> None:
+    """Score every held-out split and write the report."""
+    _need_shards(job)
+    _need_checkpoint(job, "evaluate")
+    launch(["stage=evaluate", *job.arguments], job.config.launcher)
+    print(f"evaluate: report -> {job.run_dir / 'report' / 'report.html'}", flush=True)
+
+
+def export(job: Job) -> None:
+    """Write the bundle of the best checkpoint."""
+    from crossguard.train.export.bundle import write_bundle
+
+    _need_checkpoint(job, "export")
+    print(f"export: bundle -> {write_bundle(job.config, job.run_dir)}", flush=True)
+
+
+def _need_shards(job: Job) -> None:
+    if not (job.shards_dir / "manifest.json").exists():
+        raise UserError(f"{job.shards_dir}: no shards here; run `crossguard build` with the same arguments first")
+
+
+def _need_checkpoint(job: Job, stage: str) -> None:
+    if not (job.run_dir / "checkpoints" / "latest").exists():
+        raise UserError(
+            f"{job.run_dir}: no checkpoint to {stage}; run `crossguard train` with the same arguments first"
+        )

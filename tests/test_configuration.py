@@ -1,0 +1,208 @@
+"""Composing a configuration: what is accepted, and how each mistake is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from crossguard.configs.arguments import prepare, take
+from crossguard.configs.compose import compose
+from crossguard.configs.deepspeed_keys import snapshot
+from crossguard.configs.describe import describe
+from crossguard.configs.errors import UserError
+from crossguard.configs.keys import GROUPS, describe_fields
+from crossguard.configs.saved import as_plain, load_config, save_config
+from crossguard.configs.schema import Config
+
+RECIPE = """
+description: posts in one language
+taxonomy:
+  name: mine
+  policies:
+    - {name: spam, description: unwanted advertising}
+train:
+  max_steps: 5
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    return "recipe=mine.yaml"
+
+
+def test_a_recipe_by_path_has_its_stem_as_name_and_the_command_line_has_the_last_word(recipe: str) -> None:
+    config = compose([recipe, "data.path=posts.jsonl", "train.max_steps=7", "zero=3"])
+    assert (config.recipe, config.run_dir) == ("mine", "runs/mine")
+    assert (config.train.max_steps, config.zero.stage) == (7, 3)
+    assert config.taxonomy.policies[0].name == "spam"
+
+
+def test_a_recipe_of_the_working_directory_hides_the_package_s(recipe: str, tmp_path: Path) -> None:
+    folder = tmp_path / "configs" / "recipe"
+    folder.mkdir(parents=True)
+    (folder / "quickstart.yaml").write_text(RECIPE)
+    assert compose(["recipe=quickstart", "data.path=x"]).description == "posts in one language"
+
+
+def test_a_group_s_choice_of_the_working_directory(recipe: str, tmp_path: Path) -> None:
+    folder = tmp_path / "configs" / "train"
+    folder.mkdir(parents=True)
+    (folder / "slow.yaml").write_text("lr: 1e-6\n")
+    assert compose([recipe, "data.path=x", "train=slow"]).train.lr == 1e-6
+    (folder / "slow.yaml").write_text("\nlrr: 1e-6\n")
+    with pytest.raises(UserError, match=r"slow.yaml:2: train.lrr: unknown key 'lrr'; did you mean 'lr'\?"):
+        compose([recipe, "data.path=x", "train=slow"])
+
+
+@pytest.mark.parametrize("spelling", [["--local_rank=1"], ["--local-rank", "1"], []])
+def test_the_deepspeed_launcher_s_local_rank_is_dropped(spelling: list[str]) -> None:
+    assert prepare([*spelling, "recipe=quickstart", "seed=3"]).overrides == ["seed=3"]
+
+
+def test_prepared_arguments_can_be_prepared_again() -> None:
+    once = prepare(
+        ["data.path=/a (1)/b's[2].jsonl", "zero=2", "zero.deepspeed.steps_per_print=9", "train.freeze=[a,b]"]
+    )
+    assert prepare(once.overrides).overrides == once.overrides
+
+
+def test_paths_may_hold_characters_of_hydra_s_grammar(recipe: str) -> None:
+    path = "/data (old)/x,y/[1]{2}=it's.jsonl"
+    assert compose([recipe, f"data.path={path}"]).data.path == path
+
+
+def test_any_deepspeed_key_needs_no_plus(recipe: str) -> None:
+    config = compose([recipe, "data.path=x", "zero.deepspeed.zero_optimization.reduce_bucket_size=1000"])
+    assert config.zero.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.lrr=1"], r"train.lrr=1: .*did you mean 'lr'\?"),
+        (["trian.lr=1"], r"trian.lr=1: .*did you mean 'train'\?"),
+        (["train.lr=fast"], r"train.lr=fast: .*'fast'"),
+        (["train.lr=-1"], r"train.lr=-1.*above 0"),
+        (["train.lr=1,2"], r"train.lr=1,2: '1,2' is not a value"),
+        (["train.precision=bf61"], r"train.precision=bf61: did you mean 'bf16'\? allowed: fp32, bf16"),
+        (["train.loss.name=fokal"], r"train.loss.name=fokal: did you mean 'focal'\?"),
+        (["tracker=wandbb"], r"tracker=wandbb: no such choice; did you mean 'wandb'\?"),
+        (["zero=4"], r"zero=4: no such choice; allowed: 0, 1, 2, 3"),
+        (["zero.deepspeed.gradient_cliping=1"], r"gradient_cliping: .*did you mean 'gradient_clipping'\?"),
+        (["zero.deepspeed.zero_optimization.stge=1"], r"zero_optimization.stge: .*did you mean 'stage'\?"),
+        (["build.splits={train: 0.5}"], r"build.splits.*add up to 1"),
+        (["model.modalities=[text,smell]"], r"model.modalities=smell.*allowed: text, image"),
+        (["evaluation.metrics=[auroc]"], r"evaluation.metrics: 'auroc': write module:function"),
+        (["--verbose"], r"--verbose: unknown option"),
+        (["verbose"], r"verbose: not key=value"),
+    ],
+)
+def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
+    recipe: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        compose([recipe, "data.path=x", *arguments])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "train:\n  max_stepz: 3\n",
+            r"mine.yaml:2: train.max_stepz: unknown key 'max_stepz'; did you mean 'max_steps'\?",
+        ),
+        ("trane: {lr: 1}\n", r"mine.yaml:1: trane: unknown key 'trane'; did you mean 'train'\?"),
+        ("train: {lr: [1\n", r"mine.yaml:2: not valid YAML"),
+        ("- a\n", r"mine.yaml: must be a mapping"),
+        ("train: {max_steps: many}\n", r"mine.yaml: .*max_steps.*'many'"),
+        ("defaults:\n  - override /model: smal\n", r"model=smal: no such choice; did you mean 'small'\?"),
+        (
+            "taxonomy: {policies: [{name: a}]}\nzero: {deepspeed: {optimiser: {}}}\n",
+            r"zero.deepspeed.optimiser: .*did you mean 'optimizer'\?",
+        ),
+        ("train: {lr: 1}\n", r"taxonomy.policies: empty"),
+    ],
+)
+def test_each_mistake_in_a_recipe_names_its_file_and_line(recipe: str, text: str, message: str) -> None:
+    Path("mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        compose([recipe, "data.path=x"])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_recipe_and_missing_data(recipe: str) -> None:
+    with pytest.raises(UserError, match="recipe: not set"):
+        compose([])
+    with pytest.raises(UserError, match=r"recipe=quickstrat: no such recipe; did you mean 'quickstart'\?"):
+        compose(["recipe=quickstrat"])
+    with pytest.raises(UserError, match="recipe=other.yaml: no such file"):
+        compose(["recipe=other.yaml"])
+    with pytest.raises(UserError, match="data.path: not set"):
+        compose([recipe])
+
+
+def test_a_saved_configuration_loads_again_and_holds_no_absolute_path(recipe: str, tmp_path: Path) -> None:
+    config = compose([recipe, f"data.path={tmp_path / 'posts.jsonl'}", f"run_dir={tmp_path / 'run'}"])
+    save_config(config, tmp_path / "run" / "config.yaml")
+    assert str(tmp_path) not in (tmp_path / "run" / "config.yaml").read_text()
+    assert as_plain(load_config(tmp_path / "run" / "config.yaml")) == as_plain(config)
+
+
+def test_every_field_of_the_schema_has_a_sentence() -> None:
+    def check(cls: type) -> None:
+        meanings = describe_fields(cls)
+        for field in dataclasses.fields(cls):
+            assert meanings.get(field.name, "").endswith("."), f"{cls.__name__}.{field.name} has no sentence"
+
+    check(Config)
+    for group in GROUPS:
+        check(typing.get_type_hints(Config)[group])
+
+
+def test_describe_says_where_each_value_comes_from(recipe: str) -> None:
+    text = describe([recipe, "data.path=x", "zero=3", "train.lr=1"])
+    assert "train.max_steps = 5\n" in text
+    entries = dict(zip(*[iter(text.splitlines())] * 2, strict=True))
+    assert entries["train.max_steps = 5"].endswith("[recipe mine.yaml]")
+    assert entries["train.lr = 1.0"].endswith("[command line]")
+    assert entries["zero.stage = 3"].endswith("[zero=3]")
+    assert entries["train.batch_size = 64"].endswith("[default]")
+
+
+def test_take_splits_a_command_s_own_arguments() -> None:
+    assert take(["step=3", "train.lr=1", "stage=x"], "step", "stage") == ({"step": "3", "stage": "x"}, ["train.lr=1"])
+
+
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "sklearn", "matplotlib", "wandb")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["run", "recipe=quickstart", "train.lrr=1"], ["nonsense"]]
+)
+def test_help_and_configuration_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom crossguard.recipes.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        f"    print('status', end.code, [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    status = 0 if arguments[0] in ("--help", "recipes") else 2
+    assert done.stdout.splitlines()[-1] == f"status {status} []"
+    assert len(done.stderr.splitlines()) == (status == 2)
+
+
+def test_the_snapshot_of_deepspeed_s_keys_is_that_of_the_installed_version() -> None:
+    program = Path(__file__).with_name("deepspeed_keys.py")
+    code = "import json, deepspeed_keys; print('KEYS' + json.dumps(deepspeed_keys.installed_keys()))"
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=program.parent)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("KEYS"))
+    assert json.loads(line.removeprefix("KEYS")) == snapshot(), f"run `python {program}` and look at what changed"
