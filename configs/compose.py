@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from crossguard.configs.arguments import Arguments, prepare
 from crossguard.configs.errors import UserError
 from crossguard.configs.keys import GROUPS, check_file_keys
+from crossguard.configs.own_parts import find_own
 from crossguard.configs.recipe_files import PACKAGE, find_recipe, own_configs
 from crossguard.configs.schema import Config
 from crossguard.configs.suggest import allowed
@@ -53,7 +54,9 @@ def composition(argv: list[str]) -> Composition:
     plain, choices = _compose_with_hydra(arguments.overrides, recipe_file)
     plain.recipe = recipe_file.stem
     plain.run_dir = plain.run_dir or f"runs/{recipe_file.stem}"
-    return Composition(to_schema(plain), arguments, recipe_file, choices)
+    config = to_schema(plain)
+    _find_own_parts(config)
+    return Composition(config, arguments, recipe_file, choices)
 
 
 def to_schema(plain: DictConfig) -> Config:
@@ -79,6 +82,20 @@ def group_choices(group: str) -> list[str]:
     """The names that `group=NAME` may take."""
     folders = [PACKAGE, *([own] if (own := own_configs()) else [])]
     return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def _find_own_parts(config: Config) -> None:
+    """Every `module:name` of the configuration must be importable from here."""
+    parts = {
+        "data.source": config.data.source,
+        "train.loss.name": config.train.loss.name,
+        "model.text.build": config.model.text.build,
+        "model.image.build": config.model.image.build,
+        **{f"evaluation.metrics[{number}]": name for number, name in enumerate(config.evaluation.metrics)},
+    }
+    for key, spec in parts.items():
+        if spec and ":" in spec:
+            find_own(spec, key)
 
 
 def _register(recipe_file: Path) -> None:

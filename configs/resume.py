@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "description",
     "evaluation",
     "launcher",
+    "recipe",
     "run_dir",
     "tracker",
     "train.log_every",

@@ -16,6 +16,8 @@ def posts(job: Job) -> Hashes:
     from crossguard.data.sources import open_source
     from crossguard.data.taxonomy import Taxonomy
 
+    if not job.has_posts:
+        raise UserError("data.path: not set; build needs data.path=FILE_OR_FOLDER of posts")
     taxonomy = Taxonomy.from_config(job.config.taxonomy)
     return {"posts": open_source(job.config.data, taxonomy, job.config.seed).fingerprint()}
 

@@ -16,7 +16,8 @@ def run(argv: list[str]) -> None:
     """All stages of the recipe, its ablations included."""
     job = Job.from_arguments(argv)
     ablations = job.ablations()
-    _do(BUILD, job)
+    if job.has_posts or not job.has_shards:
+        _do(BUILD, job)
     _do(TRAIN, job)
     for name, ablation in ablations.items():
         _do(TRAIN, ablation, f" (ablation {name})")
@@ -59,9 +60,12 @@ def shards(argv: list[str]) -> None:
         raise UserError(f"step={own.get('step', '')}: say step=N with N from 1")
     job = Job.from_arguments(rest)
     from crossguard.data.loading.preview import preview
+    from crossguard.data.taxonomy import Taxonomy
+    from crossguard.train.encode import PostEncoder
 
     step = int(own["step"])
-    ids = preview(job.config, job.shards_dir, job.run_dir, step)
+    encode = PostEncoder(job.config.model, Taxonomy.from_config(job.config.taxonomy))
+    ids = preview(job.config, job.shards_dir, job.run_dir, step, encode)
     print(json.dumps({"step": step, "ids": ids}, ensure_ascii=False))
 
 

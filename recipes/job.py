@@ -34,6 +34,16 @@ class Job:
         """Where build writes and train reads."""
         return Path(self.config.data.shards) if self.config.data.shards else self.run_dir / "shards"
 
+    @property
+    def has_posts(self) -> bool:
+        """Whether the configuration says where posts come from; without, the shards must be there."""
+        return self.config.data.source == "synthetic" or self.config.data.path is not None
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether shards were built."""
+        return (self.shards_dir / "manifest.json").exists()
+
     def ablations(self) -> dict[str, Job]:
         """Name -> the job that trains the ablated model on the same shards with the same budget."""
         jobs = {}

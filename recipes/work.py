@@ -11,8 +11,6 @@ def build(job: Job) -> None:
     """Write the shards."""
     from crossguard.data.shards.build import build_shards
 
-    if job.config.data.source != "synthetic" and not job.config.data.path:
-        raise UserError("data.path: not set; build needs data.path=FILE_OR_FOLDER of posts")
     manifest = build_shards(job.config, job.shards_dir, job.run_dir / "quarantine.jsonl")
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
     print(f"build: {counts} posts in {len(manifest.shards)} shards -> {job.shards_dir}", flush=True)
@@ -41,7 +39,7 @@ def export(job: Job) -> None:
 
 
 def _need_shards(job: Job) -> None:
-    if not (job.shards_dir / "manifest.json").exists():
+    if not job.has_shards:
         raise UserError(f"{job.shards_dir}: no shards here; run `crossguard build` with the same arguments first")
 
 

@@ -23,9 +23,9 @@ class DataConfig:
     shards: str | None = None
     # At most this many posts, chosen by a hash of their ids, for a first look; by default all.
     limit: int | None = None
-    # The folder that media paths of a table start from; by default the table's own folder.
+    # For table and hf: the folder that media paths start from; by default that of the table.
     media_dir: str | None = None
-    # For table and hf: a post's field -> the column it is read from, e.g. {text: tweet, labels.hate: is_hate}.
+    # For table, hf and webdataset: a post's field -> the column it is read from, e.g. {text: tweet, labels.hate: is_hate}.
     columns: dict[str, str] = field(default_factory=dict)
     # Further arguments of the source; each source lists its own.
     options: dict[str, Any] = field(default_factory=dict)

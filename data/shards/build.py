@@ -1,0 +1,223 @@
+"""Builds shards from posts: scan, plan, write, manifest. A build that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.parent_death import die_with_parent
+from crossguard.configs.progress import progress
+from crossguard.configs.schema import Config
+from crossguard.data.curation.splits import Splitter
+from crossguard.data.records import canonical_json
+from crossguard.data.shards import manifest as manifests
+from crossguard.data.shards import spool as spools
+from crossguard.data.shards.files import write_atomic
+from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.plan import Plan, make_plan
+from crossguard.data.shards.scan import scan
+from crossguard.data.shards.workspace import Workspace
+from crossguard.data.shards.writer import DoneShard, ShardTask, read_done, write_shard
+from crossguard.data.sources import Source, open_source
+from crossguard.data.taxonomy import Taxonomy
+
+logger = logging.getLogger(__name__)
+
+_BUILD_STAGE = b'"stage":"build"'  # as canonical JSON writes it
+
+
+def build_shards(config: Config, shards_dir: Path, quarantine_path: Path, *, now: float | None = None) -> Manifest:
+    """Build the shards of a recipe, or return those that are already there.
+
+    The same posts and settings give the same bytes, for any number of processes and any order of the files. The
+    manifest appears last: a folder with a manifest is complete. Without `data.path`, shards that were built before are
+    taken as they are.
+
+    Args:
+        config: the recipe.
+        shards_dir: where shards are written.
+        quarantine_path: a JSON lines file that names the posts whose media is missing or corrupt.
+        now: seconds since 1970 that `expires_at` is compared with; by default the clock's.
+
+    Raises:
+        UserError: posts are wrong (all of them listed), too much media is missing or corrupt, or the folder holds
+            something else. Nothing half-built is left behind.
+        JobError: another build is at work in the folder, a process died, or the disk failed. What is done is kept.
+    """
+    taxonomy = Taxonomy.from_config(config.taxonomy)
+    if config.data.path is None and (shards_dir / manifests.FILE_NAME).exists() and config.data.source != "synthetic":
+        # Shards that were built elsewhere: the posts need not be here.
+        finished = Manifest.load(shards_dir)
+        finished.check_taxonomy(taxonomy)
+        return finished
+    splitter = Splitter(config.build.splits)
+    source = open_source(config.data, taxonomy, config.seed)
+    inputs = _inputs_hash(config, taxonomy, source)
+    existing = _existing(shards_dir, inputs)
+    if existing and not Workspace(shards_dir).path.exists():
+        return existing
+    try:
+        with Workspace(shards_dir) as workspace:
+            existing = _existing(shards_dir, inputs)
+            if existing:
+                return existing
+            plan = _unfinished(workspace, inputs)
+            if plan is None:
+                plan = _scan(config, workspace, source, taxonomy, splitter, inputs, time.time() if now is None else now)
+            done = _write(plan, shards_dir, config.build.num_workers)
+            _quarantine(quarantine_path, done)
+            _check_refused(done, plan, config.build.max_refused, quarantine_path)
+            workspace.remove_empty_splits(plan)
+            return _manifest(plan, taxonomy, done).save(shards_dir, workspace.path)
+    except BrokenProcessPool:
+        raise JobError("build: a writing process was killed (out of memory?); start again, it goes on") from None
+    except OSError as error:
+        raise JobError(f"build: {error.strerror}: {error.filename or shards_dir}; start again, it goes on") from error
+
+
+def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
+    """A hash of all that decides the bytes.
+
+    Raises:
+        UserError: a file of the posts cannot be read.
+    """
+    try:
+        fingerprint = source.fingerprint()
+    except OSError as error:
+        raise UserError(f"data.path: {error.filename or config.data.path} cannot be read ({error.strerror})") from error
+    decides = {
+        "format": manifests.FORMAT,
+        "posts": fingerprint,
+        "taxonomy": taxonomy.to_json(),
+        "limit": config.data.limit,
+        "samples_per_shard": config.build.samples_per_shard,
+        "splits": dict(config.build.splits),
+    }
+    return hashlib.sha256(canonical_json(decides)).hexdigest()
+
+
+def _existing(shards_dir: Path, inputs: str) -> Manifest | None:
+    """The shards of these inputs, if they are finished.
+
+    Raises:
+        UserError: the folder holds shards of other inputs.
+    """
+    if not (shards_dir / manifests.FILE_NAME).exists():
+        return None
+    found = Manifest.load(shards_dir)
+    if found.inputs != inputs:
+        raise UserError(
+            f"{shards_dir}: holds shards of other posts or settings, which are never overwritten; "
+            "remove the folder, or choose another one with data.shards=DIR"
+        )
+    return found
+
+
+def _unfinished(workspace: Workspace, inputs: str) -> Plan | None:
+    """The plan of a build of these inputs that was killed; what another one left is removed."""
+    plan = Plan.load(workspace.path)
+    if plan and plan.inputs == inputs and all(Path(root).is_dir() for root in plan.roots):
+        return plan
+    if plan:
+        logger.warning("%s: an unfinished build of other posts or settings is removed", workspace.shards_dir)
+    workspace.discard()
+    return None
+
+
+def _scan(
+    config: Config,
+    workspace: Workspace,
+    source: Source,
+    taxonomy: Taxonomy,
+    splitter: Splitter,
+    inputs: str,
+    now: float,
+) -> Plan:
+    """Read, check and spool all posts, and plan their shards."""
+    spool = spools.SpoolWriter(workspace.path / spools.FILE_NAME, taxonomy.names)
+    try:
+        scan(source, taxonomy, splitter, spool, now, config.build.max_errors_listed)
+    finally:
+        spool.close()
+    plan, rows = make_plan(spool, taxonomy.names, inputs, config.data.limit, config.build.samples_per_shard)
+    if not plan.posts:
+        kept_out = ", ".join(f"{count} by {rule}" for rule, count in plan.left_out.items() if count)
+        raise UserError(f"data.path: no post may be used ({kept_out} left out); nothing was built")
+    plan.save(workspace.path, rows)
+    return plan
+
+
+def _write(plan: Plan, shards_dir: Path, num_workers: int) -> list[DoneShard]:
+    """Write the shards that are not done yet, and return what became of all, in the order of the plan."""
+    done = {shard: found for shard in plan.shards if (found := read_done(shards_dir, shard))}
+    tasks = [ShardTask(shards_dir, shard, plan.roots, plan.strata) for shard in plan.shards if shard not in done]
+    with progress("build", plan.posts, "posts", done=sum(shard.stop - shard.start for shard in done)) as shown:
+        for task, result in _run(tasks, min(num_workers, len(tasks))):
+            done[task.shard] = result
+            shown.advance(task.shard.stop - task.shard.start)
+    return [done[shard] for shard in plan.shards]
+
+
+def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, DoneShard]]:
+    if num_workers <= 1:
+        yield from ((task, write_shard(task)) for task in tasks)
+        return
+    # Spawned, not forked: this process may hold threads, and a forked one would inherit their locks.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+        futures = {pool.submit(write_shard, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets running shards finish
+    die_with_parent()
+    if os.getppid() != parent:  # it ended before this process could ask to be told
+        os._exit(1)
+
+
+def _quarantine(path: Path, done: list[DoneShard]) -> None:
+    """Replace the lines of earlier builds in the quarantine file; those of other stages stay."""
+    refused = sorted((post for shard in done for post in shard.refused), key=lambda post: post["id"])
+    ours = [canonical_json({**post, "stage": "build"}) for post in refused]
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    others = [line for line in lines if _BUILD_STAGE not in line]  # as text: a kill may have torn a line
+    if ours or len(others) != len(lines):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, b"".join(line + b"\n" for line in [*ours, *others]))
+
+
+def _check_refused(done: list[DoneShard], plan: Plan, max_refused: float, quarantine_path: Path) -> None:
+    refused = [post for shard in done for post in shard.refused]
+    if len(refused) > max_refused * plan.posts:
+        first = refused[0]
+        raise UserError(
+            f"{first['place']}: {first['reason']}; {len(refused)} of {plan.posts} posts are refused for such media, "
+            f"more than build.max_refused={max_refused}; all are named in {quarantine_path}"
+        )
+
+
+def _manifest(plan: Plan, taxonomy: Taxonomy, done: list[DoneShard]) -> Manifest:
+    return Manifest(
+        taxonomy=taxonomy,
+        rarity=plan.rarity,
+        strata=plan.strata,
+        shards=tuple(shard.info for shard in done if shard.info),
+        left_out=plan.left_out,
+        refused=sum(len(shard.refused) for shard in done),
+        inputs=plan.inputs,
+    )

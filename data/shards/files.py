@@ -1,0 +1,45 @@
+"""Writing files so that a process killed at any moment leaves each one whole or absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_file(path: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends, flushed to the disk; nothing appears if the block fails.
+
+    Args:
+        path: where the file belongs.
+        staging: folder on the same file system for the temporary file; by default the file's own.
+    """
+    temporary = (staging or path.parent) / f".{path.name}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes, staging: Path | None = None) -> None:
+    """Write a whole file by `atomic_file`."""
+    with atomic_file(path, staging) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

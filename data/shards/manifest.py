@@ -1,0 +1,177 @@
+"""The manifest: what a set of shards holds. Canonical JSON with its own hash, without time, host or absolute path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crossguard.configs.errors import UserError
+from crossguard.data.records import canonical_json
+from crossguard.data.shards.files import write_atomic
+from crossguard.data.taxonomy import Taxonomy
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One tar and the index beside it."""
+
+    path: str  # of the tar, relative to the shards' folder: <split>/<shard>.tar
+    bytes: int
+    samples: int
+    sha256: str
+    index_sha256: str
+    strata: dict[str, int]  # samples of each stratum
+
+    @property
+    def split(self) -> str:
+        """The split whose posts it holds."""
+        return self.path.partition("/")[0]
+
+    @property
+    def index_path(self) -> str:
+        """Path of the index, relative to the shards' folder."""
+        return f"{self.path.removesuffix('.tar')}.idx"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that training and evaluation need to know before they open a shard."""
+
+    taxonomy: Taxonomy
+    rarity: tuple[str, ...]  # the policies, rarest first in the training split
+    strata: tuple[str, ...]  # "<language>/<policy>" or "<language>/benign"; an index row names one by its number
+    shards: tuple[ShardInfo, ...]  # in the order of their paths
+    left_out: dict[str, int]  # posts that were not written, by the rule that left them out
+    refused: int  # posts that were not written because their media is missing or corrupt
+    inputs: str  # hash of the posts and of the settings that decide the bytes
+    format: int = FORMAT
+    sha256: str = ""  # of the canonical JSON of everything above
+
+    @classmethod
+    def load(cls, shards_dir: Path) -> Manifest:
+        """The manifest in a shards' folder.
+
+        Raises:
+            UserError: it is missing, damaged, or of a format that this version does not know.
+        """
+        path = shards_dir / FILE_NAME
+        try:
+            value = json.loads(path.read_bytes())
+            found = value["format"]
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; build the shards first, or set data.shards to their folder") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({type(error).__name__}); remove the folder and build again"
+            ) from error
+        if found != FORMAT:
+            raise UserError(
+                f"{path}: format {found}, this crossguard reads {FORMAT}; remove the folder and build again"
+            )
+        sha256 = value.pop("sha256", "")
+        if sha256 != _hash(value):
+            raise UserError(
+                f"{path}: damaged, its content does not match its own hash; remove the folder and build again"
+            )
+        return cls(
+            taxonomy=Taxonomy.from_json(value["taxonomy"]),
+            rarity=tuple(value["rarity"]),
+            strata=tuple(value["strata"]),
+            shards=tuple(ShardInfo(**shard) for shard in value["shards"]),
+            left_out=value["left_out"],
+            refused=value["refused"],
+            inputs=value["inputs"],
+            sha256=sha256,
+        )
+
+    def save(self, shards_dir: Path, staging: Path | None = None) -> Manifest:
+        """Swap the manifest in, atomically (by way of the folder `staging`), and return it with its hash."""
+        value = self._content()
+        sealed = replace(self, sha256=_hash(value))
+        content = canonical_json({**value, "sha256": sealed.sha256}) + b"\n"
+        write_atomic(shards_dir / FILE_NAME, content, staging)
+        return sealed
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "taxonomy": self.taxonomy.to_json(),
+            "rarity": list(self.rarity),
+            "strata": list(self.strata),
+            "shards": [asdict(shard) for shard in self.shards],
+            "left_out": self.left_out,
+            "refused": self.refused,
+            "inputs": self.inputs,
+        }
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Samples of each split, by name."""
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            counts[shard.split] += shard.samples
+        return dict(sorted(counts.items()))
+
+    def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
+        """The shards of a split, in order; empty for a split that nobody built."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def check_taxonomy(self, taxonomy: Taxonomy) -> None:
+        """Check that the shards were built with `taxonomy` (descriptions may differ).
+
+        Raises:
+            UserError: naming the first difference.
+        """
+        ours = self.taxonomy
+        remedy = "use the taxonomy of the shards, or build shards of your own with data.shards=NEW_FOLDER"
+        if (ours.name, ours.version) != (taxonomy.name, taxonomy.version):
+            raise UserError(
+                f"taxonomy: the shards were built with '{ours.name}' version {ours.version}, "
+                f"the recipe names '{taxonomy.name}' version {taxonomy.version}; {remedy}"
+            )
+        if ours.names != taxonomy.names:
+            gone, new = [n for n in ours.names if n not in taxonomy.names], set(taxonomy.names) - set(ours.names)
+            parts = [f"missing in the recipe: {', '.join(gone)}"] if gone else []
+            parts += [f"missing in the shards: {', '.join(sorted(new))}"] if new else []
+            what = "; ".join(parts) or f"another order ({', '.join(ours.names)})"
+            raise UserError(f"taxonomy '{ours.name}': its policies differ from those of the shards, {what}; {remedy}")
+
+    def check_files(self, shards_dir: Path) -> None:
+        """Check cheaply that the shards are those the manifest was written for.
+
+        Sizes of all tars and hashes of all indexes are compared, and the hash of every tar that was touched after the
+        manifest; each sample's own digest is compared when it is read.
+
+        Raises:
+            UserError: naming the shard that is missing or changed.
+        """
+        written = (shards_dir / FILE_NAME).stat().st_mtime_ns
+        for shard in self.shards:
+            tar, index = shards_dir / shard.path, shards_dir / shard.index_path
+            try:
+                stat = tar.stat()
+                changed = stat.st_size != shard.bytes or file_sha256(index) != shard.index_sha256
+                changed = changed or (stat.st_mtime_ns > written and file_sha256(tar) != shard.sha256)
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename}: cannot be read ({error.strerror}); remove the folder and build again"
+                ) from error
+            if changed:
+                raise UserError(f"{tar}: changed since the manifest was written; remove the folder and build again")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(value: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -1,0 +1,366 @@
+"""Building: the same bytes every time, wrong posts all told, bad media refused, and kills that cost nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crossguard.configs.errors import JobError, UserError
+from crossguard.data.records import epoch_seconds, post_key
+from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.workspace import Workspace
+from tests.build_job import build, files_of, make_config, make_posts, picture, write_lines
+
+
+def ids_in(shards: Path, split: str) -> list[str]:
+    """Ids of a split in the order of its shards."""
+    import tarfile
+
+    found = []
+    for path in sorted((shards / split).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found += [json.load(tar.extractfile(m))["id"] for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
+    return found
+
+
+def build_error(posts: Path, tmp_path: Path, **settings: Any) -> str:
+    """The message of a build that must fail and leave nothing behind."""
+    with pytest.raises(UserError) as caught:
+        build(make_config(posts, **settings), tmp_path / "failed")
+    assert not (tmp_path / "failed/shards").exists()
+    return str(caught.value)
+
+
+# --- the same bytes
+
+
+def test_bytes_depend_neither_on_workers_nor_on_the_order_of_lines(tmp_path: Path) -> None:
+    posts = make_posts(60)
+    orders = [posts, posts[::-1], posts[30:] + posts[:30]]
+    built = []
+    for workers, order in enumerate(orders, start=1):
+        folder = tmp_path / f"posts-{workers}"
+        write_lines(folder / "a.jsonl", order[:30])
+        write_lines(folder / "b.jsonl", order[30:])
+        manifest = build(make_config(folder, num_workers=workers), tmp_path / f"run-{workers}")
+        built.append((manifest, files_of(tmp_path / f"run-{workers}/shards")))
+    assert built[0] == built[1] == built[2]
+    assert sum(shard.samples for shard in built[0][0].shards) == 60
+
+
+def test_a_finished_build_is_returned_and_never_overwritten(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "posts.jsonl", make_posts(20))
+    manifest = build(make_config(posts), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert build(make_config(posts, num_workers=2, max_refused=0.5), tmp_path / "run") == manifest
+    for other in (make_config(posts, samples_per_shard=9), make_config(posts, data={"limit": 5})):
+        with pytest.raises(UserError, match="never overwritten"):
+            build(other, tmp_path / "run")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_shards_built_elsewhere_need_no_posts(tmp_path: Path) -> None:
+    manifest = build(make_config(write_lines(tmp_path / "posts.jsonl", make_posts(20))), tmp_path / "run")
+    shards = str(tmp_path / "run/shards")
+    assert build(make_config(None, data={"shards": shards}), tmp_path / "run") == manifest
+    with pytest.raises(UserError, match=r"data\.path: not set"):
+        build(make_config(None, data={"shards": shards}), tmp_path / "elsewhere")
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "posts.jsonl", make_posts(3))
+    (tmp_path / "run/shards").mkdir(parents=True)
+    (tmp_path / "run/shards/precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="choose another folder"):
+        build(make_config(posts), tmp_path / "run")
+    assert os.listdir(tmp_path / "run/shards") == ["precious.txt"]
+
+
+# --- what goes where
+
+
+def test_posts_of_a_split_lie_in_the_order_of_their_keys(tmp_path: Path) -> None:
+    posts = make_posts(50)
+    for number, post in enumerate(posts[:20]):
+        post["split"] = "unseen_language" if number % 2 else "train"
+    manifest = build(make_config(write_lines(tmp_path / "p.jsonl", posts)), tmp_path / "run")
+    assert sum(manifest.splits.values()) == 50
+    assert manifest.splits["unseen_language"] == 10
+    for split in manifest.splits:
+        ids = ids_in(tmp_path / "run/shards", split)
+        assert ids == sorted(ids, key=post_key)
+        assert len(ids) == manifest.splits[split]
+    assert {shard.samples for shard in manifest.shards_of("train")[:-1]} == {8}
+
+
+def test_strata_are_language_by_rarest_policy_of_the_training_split(tmp_path: Path) -> None:
+    def post(number: int, split: str, hate: float | None, spam: float | None) -> dict[str, Any]:
+        labels = {"hate": hate, "spam": spam}
+        return {"id": f"{number}", "text": "t", "language": "de", "split": split, "labels": labels}
+
+    # In training, hate is more frequent than spam; in the test split it is the other way round.
+    posts = [post(0, "train", 1, 0), post(1, "train", 0.5, None), post(2, "train", 1, 1), post(3, "train", 0.4, 0)]
+    posts += [post(number, "test", 0, 1) for number in range(10, 15)] + [post(20, "test", None, None)]
+    manifest = build(make_config(write_lines(tmp_path / "p.jsonl", posts)), tmp_path / "run")
+    assert manifest.rarity == ("spam", "hate")
+    assert manifest.strata == ("de/benign", "de/hate", "de/spam")
+    totals: Counter[str] = Counter()
+    for shard in manifest.shards_of("train"):
+        totals.update(shard.strata)
+    assert totals == {"de/benign": 1, "de/hate": 2, "de/spam": 1}
+
+
+def test_the_limit_takes_the_posts_with_the_smallest_keys(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "p.jsonl", make_posts(40))
+    manifest = build(make_config(posts, data={"limit": 10}), tmp_path / "run")
+    assert manifest.left_out["limit"] == 30
+    kept = {id for split in manifest.splits for id in ids_in(tmp_path / "run/shards", split)}
+    assert kept == set(sorted((post["id"] for post in make_posts(40)), key=post_key)[:10])
+
+
+def test_what_may_not_be_read_is_left_out_and_counted(tmp_path: Path) -> None:
+    base = {"text": "t", "labels": {}}
+    posts: list[dict[str, Any]] = [
+        {"id": "kept", **base, "consent": True, "expires_at": "2026-01-01T00:00:01Z"},
+        {"id": "no consent", **base, "consent": False},
+        {"id": "expired", **base, "expires_at": "2026-01-01"},
+        {"id": "restricted", "labels": {"hate": 1}, "restricted": True, "meta": {"pdq": "00ff"}},
+    ]
+    config = make_config(write_lines(tmp_path / "p.jsonl", posts))
+    manifest = build(config, tmp_path / "run", now=epoch_seconds("2026-01-01T00:00:00Z"))
+    assert manifest.left_out == {"restricted": 1, "no_consent": 1, "expired": 1, "limit": 0}
+    assert sum(manifest.splits.values()) == 1
+    everything = b"".join(files_of(tmp_path / "run").values())
+    assert b"00ff" not in everything
+    assert b'"kept"' in everything
+    with pytest.raises(UserError, match="no post may be used"):
+        build(config, tmp_path / "later", now=epoch_seconds("2027-01-01"))
+    assert not (tmp_path / "later").exists()
+
+
+# --- wrong posts
+
+
+def test_all_wrong_lines_are_told_and_nothing_is_left(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"id": "1", "text": "secret", "labels": {"hate": 2}, "txt": "secret"},
+        {"id": "2", "text": "secret", "labels": {}},
+        {"id": "2", "text": "secret", "labels": {}},
+        {"id": "3", "image": "../x.png", "labels": {}},
+        {"id": "4", "text": "secret", "restricted": True, "labels": {}},
+    ]
+    posts = write_lines(tmp_path / "p.jsonl", lines)
+    with posts.open("a") as file:
+        file.write("{secret\n")
+    write_lines(tmp_path / "q.jsonl", [{"id": "1", "labels": {}}, {"id": "2", "text": "t", "labels": {}}])
+    message = build_error(tmp_path, tmp_path)
+    assert "secret" not in message
+    assert message.splitlines() == [
+        "p.jsonl:1: txt: unknown field; did you mean 'text'? (free-form data goes under meta)",
+        "p.jsonl:1: labels.hate: must lie between 0 and 1, not 2",
+        "p.jsonl:4: image: leaves the posts' folder",
+        "p.jsonl:5: restricted: a restricted post carries hashes under meta, never text",
+        "p.jsonl:6: line: not valid JSON (Expecting property name enclosed in double quotes at character 1)",
+        "q.jsonl:1: text: the post has neither text nor image, video or audio",
+        "p.jsonl:3: id: stands already at p.jsonl:2",
+        "q.jsonl:2: id: stands already at p.jsonl:2",
+        "8 errors in the posts; nothing was built",
+    ]
+    shortened = build_error(tmp_path, tmp_path, max_errors_listed=7).splitlines()
+    assert shortened[7:] == ["… and 1 more (build.max_errors_listed=7)", "8 errors in the posts; nothing was built"]
+
+
+def test_no_posts_is_an_error(tmp_path: Path) -> None:
+    assert "holds no posts" in build_error(write_lines(tmp_path / "p.jsonl", []), tmp_path)
+
+
+@pytest.mark.parametrize("link", ["file", "folder", "through a folder"])
+def test_a_link_out_of_the_posts_folder_is_an_error(tmp_path: Path, link: str) -> None:
+    (tmp_path / "outside/sub").mkdir(parents=True)
+    (tmp_path / "outside/secret.png").write_bytes(picture())
+    (tmp_path / "posts").mkdir()
+    (tmp_path / "posts/inside.png").write_bytes(picture())
+    (tmp_path / "posts/fine.png").symlink_to("inside.png")
+    path = {"file": "link.png", "folder": "link/secret.png", "through a folder": "link/../secret.png"}[link]
+    target = {"file": "secret.png", "folder": "", "through a folder": "sub"}[link]
+    (tmp_path / "posts" / path.partition("/")[0]).symlink_to(tmp_path / "outside" / target)
+    posts = write_lines(
+        tmp_path / "posts/p.jsonl",
+        [{"id": "1", "image": "fine.png", "labels": {}}, {"id": "2", "image": path, "labels": {}}],
+    )
+    assert build_error(posts, tmp_path).splitlines()[:-1] == [
+        "p.jsonl:2: image: leaves the posts' folder through a symbolic link"
+    ]
+
+
+# --- bad media
+
+
+@pytest.fixture
+def media_posts(tmp_path: Path) -> Path:
+    """20 posts with pictures and 4 whose media cannot be used."""
+    folder = tmp_path / "posts"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(picture())
+    (folder / "cut.jpg").write_bytes(picture("JPEG")[:-200])
+    (folder / "really.png").write_bytes(b"GIF89a")
+    (folder / "empty.mp4").write_bytes(b"")
+    bad = [("image", "cut.jpg"), ("image", "gone.png"), ("image", "really.png"), ("video", "empty.mp4")]
+    records = [{"id": f"good {number}", "image": "good.png", "labels": {}} for number in range(20)]
+    records += [{"id": f"bad {path}", "text": "t", field: path, "labels": {}} for field, path in bad]
+    return write_lines(folder / "p.jsonl", records)
+
+
+def test_bad_media_are_left_out_and_quarantined(media_posts: Path, tmp_path: Path) -> None:
+    quarantine = tmp_path / "run/quarantine.jsonl"
+    quarantine.parent.mkdir()
+    quarantine.write_text('{"id":"x","stage":"train"}\n{"id":"old","stage":"build"}\n')
+    manifest = build(make_config(media_posts, max_refused=0.2, samples_per_shard=1), tmp_path / "run")
+    assert manifest.refused == 4
+    assert sum(manifest.splits.values()) == 20
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["bad cut.jpg", "bad empty.mp4", "bad gone.png", "bad really.png", "x"]
+    assert lines[2] == {"id": "bad gone.png", "place": "p.jsonl:22", "reason": "image: missing", "stage": "build"}
+    assert lines[1]["reason"] == "video: empty"
+
+
+def test_too_many_bad_media_fail_the_build(media_posts: Path, tmp_path: Path) -> None:
+    message = build_error(media_posts, tmp_path, max_refused=0.1, num_workers=2, samples_per_shard=4)
+    assert "4 of 24 posts are refused" in message
+    assert "build.max_refused=0.1" in message
+    assert len((tmp_path / "failed/quarantine.jsonl").read_text().splitlines()) == 4
+
+
+# --- kills
+
+
+def wait_until(done: Any, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait for `done()`; a process that ends before that is a failure of the test."""
+    while not done():
+        assert process is None or process.poll() is None, "the build ended before it could be killed"
+        time.sleep(0.002)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def job(posts: Path, run_dir: Path, workers: int, *kill: str) -> list[str]:
+    return [
+        sys.executable,
+        str(Path(__file__).with_name("build_job.py")),
+        str(posts),
+        str(run_dir),
+        str(workers),
+        *kill,
+    ]
+
+
+def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "p.jsonl", make_posts(30))
+    whole = build(make_config(posts, samples_per_shard=2), tmp_path / "whole")
+    shards = tmp_path / "run/shards"
+    kept: dict[Path, int] = {}
+    for function, call in (
+        ("spool.canonical_json", 7),  # in the middle of the scan
+        ("plan.atomic_file", 1),  # all posts are spooled
+        ("plan.write_atomic", 1),  # the rows are written, the plan is not
+        ("writer.hex_keys", 3),  # a tar is begun
+        ("writer.encode_index", 2),  # a tar is written, its index is not
+        ("writer.asdict", 3),  # an index is written, its done-record is not
+        ("files.sync_folder", 2),  # a tar has just been renamed
+        ("manifest.write_atomic", 1),  # every shard is done
+    ):
+        line = job(posts, tmp_path / "run", 1, f"crossguard.data.shards.{function}", str(call))
+        ended = subprocess.run(line, stderr=subprocess.DEVNULL, check=False)
+        assert ended.returncode == -signal.SIGKILL, function
+        assert not (shards / "manifest.json").exists()
+        assert all(path.stat().st_mtime_ns == written for path, written in kept.items()), function
+        records = (json.loads(path.read_bytes()) for path in (shards / ".build/done").glob("[!.]*.json"))
+        done = [shards / record["info"]["path"] for record in records]
+        assert len(done) >= len(kept)
+        kept = {path: path.stat().st_mtime_ns for path in done}
+    assert len(kept) == len(whole.shards)
+    assert build(make_config(posts, samples_per_shard=2), tmp_path / "run") == whole
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert files_of(shards) == files_of(tmp_path / "whole/shards")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_processes_of_a_killed_build_die_with_it(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "p.jsonl", make_posts(600))
+    done = tmp_path / "run/shards/.build/done"
+    process = subprocess.Popen(job(posts, tmp_path / "run", 2), stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(done.glob("*.json"))) >= 5, process)
+    children = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(children) >= 2
+    wait_until(lambda: not any(map(alive, children)))
+    assert build(make_config(posts, samples_per_shard=2, num_workers=2), tmp_path / "run").splits
+    assert not (tmp_path / "run/shards/.build").exists()
+
+
+def test_what_a_killed_build_of_other_posts_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossguard.data.shards import build as module
+
+    write = module.write_shard
+    written: list[str] = []
+
+    def interrupted(task: Any) -> Any:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(task.shard.path)
+        return write(task)
+
+    posts = write_lines(tmp_path / "p.jsonl", make_posts(60))
+    monkeypatch.setattr(module, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(make_config(posts), tmp_path / "run")
+    assert all((tmp_path / "run/shards" / path).exists() for path in written)
+    monkeypatch.undo()
+    others = [{**post, "split": "other"} for post in make_posts(9)]
+    manifest = build(make_config(write_lines(posts, others)), tmp_path / "run")
+    assert set(files_of(tmp_path / "run/shards")) == {
+        "manifest.json",
+        *(path for shard in manifest.shards for path in (shard.path, shard.index_path)),
+    }
+
+
+def test_a_wrong_post_after_a_kill_leaves_nothing(tmp_path: Path) -> None:
+    shards = tmp_path / "failed/shards"
+    (shards / ".build").mkdir(parents=True)
+    (shards / ".build/spool.bin").write_bytes(b"of a build that was killed")
+    build_error(write_lines(tmp_path / "p.jsonl", [{"id": "1"}]), tmp_path)
+
+
+def test_a_kill_between_manifest_and_clean_up(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "p.jsonl", make_posts(9))
+    manifest = build(make_config(posts), tmp_path / "run")
+    (tmp_path / "run/shards/.build/done").mkdir(parents=True)
+    assert build(make_config(posts), tmp_path / "run") == manifest
+    assert not (tmp_path / "run/shards/.build").exists()
+
+
+def test_two_builds_do_not_mix(tmp_path: Path) -> None:
+    posts = write_lines(tmp_path / "p.jsonl", make_posts(9))
+    shards = tmp_path / "run/shards"
+    with Workspace(shards), pytest.raises(JobError, match=f"process {os.getpid()} is building here"):
+        build(make_config(posts), tmp_path / "run")
+    assert build(make_config(posts), tmp_path / "run") == Manifest.load(shards)
