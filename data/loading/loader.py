@@ -1,0 +1,230 @@
+"""Loaders: from rows to batches, for training (the sample order, step by step) and for evaluation (each row once)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from crossguard.configs.errors import CrossguardError, JobError
+from crossguard.data.loading.collate import Batch, Encode, EncodedSample, collate
+from crossguard.data.loading.decode import MediaError
+from crossguard.data.loading.order import Redirects, SampleOrder, micro_batches
+from crossguard.data.loading.reader import SampleError, ShardReader
+from crossguard.data.loading.workers import results, tasks_ahead
+
+# So many unreadable samples in a row are no accident.
+MAX_REDIRECTS = 1000
+
+# Called in the training process for each sample that could not be used, with the fields of a line of quarantine.jsonl.
+OnRefused = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The samples of one batch."""
+
+    # int64[B]
+    rows: np.ndarray
+    # int64[B] in the sample order; None outside training.
+    positions: np.ndarray | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a worker makes of a task. Errors travel as values, since torch would wrap raised ones in a traceback."""
+
+    batch: Batch | None
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    error: CrossguardError | None = None
+
+    def pin_memory(self) -> Delivery:
+        """Called by torch's DataLoader where there is a GPU."""
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+    def accept(self, on_refused: OnRefused) -> Batch | None:
+        """The batch, after its refused samples were reported; None when none of its samples could be used."""
+        for record in self.refused:
+            on_refused(record)
+        if self.error is not None:
+            raise self.error
+        return self.batch
+
+
+class BatchMaker:
+    """Task -> Delivery: reads, decodes, encodes and collates. Sent to the workers.
+
+    With `redirects`, a sample that cannot be used is replaced by the next one of its position's redirects;
+    without, it is left out.
+    """
+
+    def __init__(self, reader: ShardReader, encode: Encode, redirects: Redirects | None):
+        self.reader = reader
+        self.encode = encode
+        self.redirects = redirects
+
+    def __getitem__(self, task: Task) -> Delivery:
+        refused: list[dict[str, Any]] = []
+        positions = np.full(len(task.rows), -1) if task.positions is None else task.positions
+        try:
+            found = [self._sample(int(row), int(p), task, refused) for row, p in zip(task.rows, positions, strict=True)]
+        except CrossguardError as error:
+            return Delivery(None, refused, error)
+        samples = [sample for sample in found if sample is not None]
+        if not samples:
+            return Delivery(None, refused)
+        encode = self.encode
+        batch = collate(samples, pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)
+        return Delivery(batch, refused)
+
+    def _sample(self, row: int, position: int, task: Task, refused: list[dict[str, Any]]) -> EncodedSample | None:
+        others = iter(()) if self.redirects is None else self.redirects.rows(position)
+        tried: set[int] = set()
+        for candidate in islice(chain([row], others), MAX_REDIRECTS):
+            if candidate in tried:
+                continue
+            tried.add(candidate)
+            place = {} if task.step is None else {"step": task.step, "position": position}
+            sample = self._read(candidate, place, refused)
+            if sample is not None:
+                sample.position = position
+                return sample
+        if self.redirects is None:
+            return None
+        raise JobError(
+            f"{self.reader.shards_dir}: {len(tried)} samples of split '{self.reader.split}' in a row cannot be used "
+            f"(position {position}); quarantine.jsonl gives the reasons"
+        )
+
+    def _read(self, row: int, place: dict[str, int], refused: list[dict[str, Any]]) -> EncodedSample | None:
+        stage = "train" if place else "evaluate"
+        try:
+            raw = self.reader.read(row)
+        except SampleError as error:
+            name, reason = {"key": error.key}, error.reason
+        else:
+            try:
+                return self.encode(raw)
+            except MediaError as error:
+                name, reason = {"id": raw.id}, str(error)
+        refused.append({**name, "split": self.reader.split, "stage": stage, **place, "reason": reason})
+        return None
+
+
+class TrainLoader:
+    """This rank's share of the steps `start_step` … `end_step`, both included.
+
+    Iterating yields, for each step, the list of its micro-batches: together the rank's contiguous slice of the global
+    batch. Neither the number of ranks nor of workers changes the order; they only cut it up.
+
+    Args:
+        reader: the split.
+        order: decides what comes when.
+        encode: makes numbers of a post; runs in the workers.
+        rank, world_size: which slice.
+        micro_batch_size: upper bound of samples in a micro-batch.
+        num_workers: processes that read; 0 reads here.
+        start_step, end_step: first and last step.
+        on_refused: is told of every sample that could not be used, when its batch is delivered.
+
+    Raises:
+        UserError: the ranks do not divide the batch; while iterating, a shard is missing.
+        JobError: while iterating, the storage fails.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        encode: Encode,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        num_workers: int,
+        start_step: int,
+        end_step: int,
+        on_refused: OnRefused,
+    ):
+        self.micro_batch_size, self.accumulation = micro_batches(order.batch_size, world_size, micro_batch_size)
+        self.order = order
+        self.rank = rank
+        self.num_workers = num_workers
+        self.steps = range(start_step, end_step + 1)
+        self.on_refused = on_refused
+        self.maker = BatchMaker(reader, encode, order.redirects)
+
+    def __len__(self) -> int:
+        """Steps to deliver."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        # A whole step is prepared while the one before it computes.
+        ahead = tasks_ahead(self.accumulation, self.num_workers)
+        preload = type(self.maker.encode).__module__
+        with closing(results(self.maker, self._tasks(), self.num_workers, ahead=ahead, preload=preload)) as deliveries:
+            for _ in self.steps:
+                batches = [delivery.accept(self.on_refused) for delivery in islice(deliveries, self.accumulation)]
+                yield [batch for batch in batches if batch is not None]
+
+    def _tasks(self) -> Iterator[Task]:
+        share = self.micro_batch_size * self.accumulation
+        for step in self.steps:
+            rows, positions = self.order.rows(step), self.order.positions(step)
+            for start in range(self.rank * share, (self.rank + 1) * share, self.micro_batch_size):
+                micro = slice(start, start + self.micro_batch_size)
+                yield Task(rows[micro], positions[micro], step)
+
+
+class EvalLoader:
+    """Each of the given rows once, in batches of about one length, the longest first: what does not fit into memory
+    fails at once.
+
+    A sample that cannot be used is left out and reported.
+
+    Args:
+        reader: the split.
+        rows: this rank's rows, int[…].
+        encode: makes numbers of a post; runs in the workers.
+        batch_size: posts in a batch; the last may hold fewer.
+        num_workers: processes that read; 0 reads here.
+        on_refused: is told of every sample that could not be used.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        rows: np.ndarray,
+        encode: Encode,
+        batch_size: int,
+        *,
+        num_workers: int,
+        on_refused: OnRefused,
+    ):
+        rows = np.asarray(rows, dtype=np.int64)
+        # Bytes of text stand in for tokens: the order of the batches changes no score.
+        longest_first = np.argsort(-reader.rows_index["text_bytes"][rows].astype(np.int64), kind="stable")
+        self.rows = rows[longest_first]
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.on_refused = on_refused
+        self.maker = BatchMaker(reader, encode, redirects=None)
+
+    def __len__(self) -> int:
+        """Batches to deliver, at most."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self.rows), self.batch_size)
+        tasks = (Task(self.rows[start : start + self.batch_size]) for start in starts)
+        preload = type(self.maker.encode).__module__
+        with closing(results(self.maker, tasks, self.num_workers, preload=preload)) as deliveries:
+            for delivery in deliveries:
+                batch = delivery.accept(self.on_refused)
+                if batch is not None:
+                    yield batch

@@ -1,0 +1,31 @@
+"""What training reads and in which order: the one construction that the train loop and the preview share."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from crossguard.configs.schema import Config
+from crossguard.data.loading.collate import Encode
+from crossguard.data.loading.lengths import token_lengths
+from crossguard.data.loading.order import SampleOrder
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.manifest import Manifest
+
+TRAIN_SPLIT = "train"
+
+
+def plan_training(
+    config: Config, shards_dir: Path, run_dir: Path, encode: Encode, *, speak: bool = False
+) -> tuple[ShardReader, SampleOrder]:
+    """The training split and its order. Posts that are past their expiry now are redirected.
+
+    Counts token lengths into `<run_dir>/lengths/` unless they are there: let one rank do so before the others.
+
+    Raises:
+        UserError: there are no shards, no training split, or nothing in it may be read.
+    """
+    reader = ShardReader(shards_dir, Manifest.load(shards_dir), TRAIN_SPLIT)
+    lengths = token_lengths(reader, encode, run_dir / "lengths", config.train.num_workers, speak=speak)
+    expired = reader.expired_rows(time.time())
+    return reader, SampleOrder(len(reader), config.train.batch_size, config.seed, lengths, expired)
