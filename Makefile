@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .PHONY: setup demo test lint constraints clean
 
 setup: $(VENV)/.ready
+
+# DeepSpeed builds the operator that its ranks talk through on CPU when it is first used: that minute belongs here.
+PREBUILD := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()
 
 # torch first: another package's looser range would pull a build of several GB.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -15,7 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m crossguard.recipes.prebuild
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c '$(PREBUILD)' >/dev/null
 	touch $@
 
 demo: setup

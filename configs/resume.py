@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from crossguard.configs.errors import UserError
+
 # Keys, or groups of keys, that decide neither the samples of a step nor what is done with them. Where posts and shards
 # lie may change because a run directory may be copied; their content is checked by the hash in the order's state.
 MAY_CHANGE = (
@@ -30,6 +32,19 @@ MAY_CHANGE = (
     "train.restart",
     "zero",
 )
+
+
+def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: str) -> None:
+    """Compare the configuration of a checkpoint with that of this start.
+
+    Raises:
+        UserError: something changed that must not; names every key.
+    """
+    if changed := changed_on_resume(saved, now):
+        raise UserError(
+            f"{run_dir}: has checkpoints of another configuration: {'; '.join(changed)}; "
+            "restore it, choose another run_dir, or begin anew with train.restart=true"
+        )
 
 
 def changed_on_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

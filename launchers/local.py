@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 from crossguard.configs.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
-from crossguard.configs.schema import LauncherConfig
 
 
-def launch(arguments: list[str], config: LauncherConfig) -> None:
-    """Run `python -m crossguard.train ARGUMENTS` on `config.num_procs` ranks and wait for the end.
+def launch(arguments: list[str], num_procs: int, threads_per_proc: int | None) -> None:
+    """Run `python -m crossguard.train ARGUMENTS` on `num_procs` ranks and wait for the end.
 
     Raises:
         UserError: a rank ended with exit status 2; it has said why.
@@ -22,10 +21,10 @@ def launch(arguments: list[str], config: LauncherConfig) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    num_procs = config.num_procs or max(count_gpus(), 1)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["OMP_NUM_THREADS"] = str(config.threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs))
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs))
     agent = LaunchConfig(
+        run_id=f"crossguard-{os.getpid()}",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_procs,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from crossguard.configs.errors import UserError
-from crossguard.launchers import launch
+from crossguard.configs.resume import check_resumable
+from crossguard.configs.saved import as_plain
+from crossguard.launchers import launch, num_procs
 from crossguard.recipes.job import Job
+from crossguard.train.checkpoint_folder import latest_checkpoint, read_state
 
 
 def build(job: Job) -> None:
@@ -19,6 +22,7 @@ def build(job: Job) -> None:
 def train(job: Job) -> None:
     """Train on the ranks of the launcher; goes on by itself where a run directory has checkpoints."""
     _need_shards(job)
+    _check_ranks(job)
     launch(["stage=train", *job.arguments], job.config.launcher)
 
 
@@ -36,6 +40,17 @@ def export(job: Job) -> None:
 
     _need_checkpoint(job, "export")
     print(f"export: bundle -> {write_bundle(job.config, job.run_dir)}", flush=True)
+
+
+def _check_ranks(job: Job) -> None:
+    """What the ranks would refuse, before any of them starts."""
+    from crossguard.data.loading.order import micro_batches
+
+    config = job.config
+    micro_batches(config.train.batch_size, num_procs(config.launcher), config.train.micro_batch_size)
+    newest = latest_checkpoint(job.run_dir)
+    if newest is not None and not config.train.restart:
+        check_resumable(read_state(newest)["config"], as_plain(config), config.run_dir)
 
 
 def _need_shards(job: Job) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from build_job import build, files_of, make_config, make_posts, picture, write_lines
 
 from crossguard.configs.errors import JobError, UserError
 from crossguard.data.records import epoch_seconds, post_key
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.shards.workspace import Workspace
-from tests.build_job import build, files_of, make_config, make_posts, picture, write_lines
 
 
 def ids_in(shards: Path, split: str) -> list[str]:

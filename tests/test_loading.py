@@ -305,7 +305,7 @@ def test_token_lengths_are_kept_until_something_changes(shards: Shards, tmp_path
 
 
 def test_what_expired_since_the_build_is_not_read(shards: Shards, tmp_path: Path) -> None:
-    reader, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder())
+    reader, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder(), time.time())
     gone = {reader.read(int(row)).id for row in reader.expired_rows(time.time())}
     assert gone == {"p.7/ü", "p.8/ü"}
     delivered = ids_of(deliver(shards, order))

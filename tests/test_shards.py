@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from build_job import build, files_of, make_config, make_posts, picture, write_lines
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.taxonomy import PolicyConfig, TaxonomyConfig
@@ -17,7 +18,6 @@ from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO,
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.sources import open_source
 from crossguard.data.taxonomy import Taxonomy
-from tests.build_job import build, files_of, make_config, make_posts, picture, write_lines
 
 MEDIA = {
     "1.jpg": picture("JPEG"),

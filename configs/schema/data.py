@@ -25,7 +25,8 @@ class DataConfig:
     limit: int | None = None
     # For table and hf: the folder that media paths start from; by default that of the table.
     media_dir: str | None = None
-    # For table, hf and webdataset: a post's field -> the column it is read from, e.g. {text: tweet, labels.hate: is_hate}.
+    # For table, hf and webdataset: a post's field -> the column it is read from,
+    # e.g. {text: tweet, labels.hate: is_hate}.
     columns: dict[str, str] = field(default_factory=dict)
     # Further arguments of the source; each source lists its own.
     options: dict[str, Any] = field(default_factory=dict)

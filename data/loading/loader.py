@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -219,7 +219,7 @@ class EvalLoader:
         """Batches to deliver, at most."""
         return -(-len(self.rows) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         starts = range(0, len(self.rows), self.batch_size)
         tasks = (Task(self.rows[start : start + self.batch_size]) for start in starts)
         preload = type(self.maker.encode).__module__

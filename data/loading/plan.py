@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from crossguard.configs.schema import Config
@@ -16,9 +15,9 @@ TRAIN_SPLIT = "train"
 
 
 def plan_training(
-    config: Config, shards_dir: Path, run_dir: Path, encode: Encode, *, speak: bool = False
+    config: Config, shards_dir: Path, run_dir: Path, encode: Encode, now: float, *, speak: bool = False
 ) -> tuple[ShardReader, SampleOrder]:
-    """The training split and its order. Posts that are past their expiry now are redirected.
+    """The training split and its order. Posts that are past their expiry at `now` (seconds since 1970) are redirected.
 
     Counts token lengths into `<run_dir>/lengths/` unless they are there: let one rank do so before the others.
 
@@ -27,5 +26,5 @@ def plan_training(
     """
     reader = ShardReader(shards_dir, Manifest.load(shards_dir), TRAIN_SPLIT)
     lengths = token_lengths(reader, encode, run_dir / "lengths", config.train.num_workers, speak=speak)
-    expired = reader.expired_rows(time.time())
+    expired = reader.expired_rows(now)
     return reader, SampleOrder(len(reader), config.train.batch_size, config.seed, lengths, expired)

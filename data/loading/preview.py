@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from crossguard.configs.errors import UserError
@@ -20,5 +21,5 @@ def preview(config: Config, shards_dir: Path, run_dir: Path, step: int, encode: 
     """
     if step < 1:
         raise UserError(f"step={step}: steps begin at 1")
-    reader, order = plan_training(config, shards_dir, run_dir, encode)
+    reader, order = plan_training(config, shards_dir, run_dir, encode, time.time())
     return [reader.read_head(int(row)).id for row in order.rows(step)]

@@ -108,6 +108,10 @@ class ShardReader:
         expires_at = self.rows_index["expires_at"]
         return np.flatnonzero((expires_at != 0) & (expires_at <= now))
 
+    def readable_rows(self, now: float) -> np.ndarray:
+        """int64[…]: all other rows."""
+        return np.setdiff1d(np.arange(len(self)), self.expired_rows(now), assume_unique=True)
+
     def read(self, row: int) -> RawSample:
         """One sample.
 

@@ -35,7 +35,14 @@ logger = logging.getLogger(__name__)
 _BUILD_STAGE = b'"stage":"build"'  # as canonical JSON writes it
 
 
-def build_shards(config: Config, shards_dir: Path, quarantine_path: Path, *, now: float | None = None) -> Manifest:
+def build_shards(
+    config: Config,
+    shards_dir: Path,
+    quarantine_path: Path,
+    *,
+    now: float | None = None,
+    source: Source | None = None,
+) -> Manifest:
     """Build the shards of a recipe, or return those that are already there.
 
     The same posts and settings give the same bytes, for any number of processes and any order of the files. The
@@ -47,6 +54,7 @@ def build_shards(config: Config, shards_dir: Path, quarantine_path: Path, *, now
         shards_dir: where shards are written.
         quarantine_path: a JSON lines file that names the posts whose media is missing or corrupt.
         now: seconds since 1970 that `expires_at` is compared with; by default the clock's.
+        source: where the posts come from; by default what the configuration names.
 
     Raises:
         UserError: posts are wrong (all of them listed), too much media is missing or corrupt, or the folder holds
@@ -60,7 +68,7 @@ def build_shards(config: Config, shards_dir: Path, quarantine_path: Path, *, now
         finished.check_taxonomy(taxonomy)
         return finished
     splitter = Splitter(config.build.splits)
-    source = open_source(config.data, taxonomy, config.seed)
+    source = source or open_source(config.data, taxonomy, config.seed)
     inputs = _inputs_hash(config, taxonomy, source)
     existing = _existing(shards_dir, inputs)
     if existing and not Workspace(shards_dir).path.exists():

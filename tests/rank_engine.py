@@ -1,0 +1,92 @@
+"""Run on ranks by test_engine.py: every ZeRO stage against a bare PyTorch loop over the whole batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rank_models import TinyModel, batch_of_step, masked_sum, tiny_config
+from torch import nn
+
+from crossguard.train.engine import Engine
+from crossguard.train.fragments import WEIGHT, held_fragments
+from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
+from crossguard.train.ranks import Ranks, init_ranks
+
+STEPS = 4
+
+
+def reference(precision: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """Weights, losses and gradient norms of a bare loop on whole batches."""
+    config = tiny_config()
+    model = TinyModel()
+    freeze(model, config.train.freeze)
+    optimizer = build_optimizer(model, config.train)
+    losses, norms = [], []
+    for step in range(1, STEPS + 1):
+        inputs, labels = batch_of_step(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train, STEPS)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(inputs)
+        loss = masked_sum(logits, labels) / (~labels.isnan()).sum()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)))
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in model.named_parameters()}, losses, norms
+
+
+def trained(ranks: Ranks, stage: int, precision: str, micro_batches: int) -> tuple[Engine, list[float], list[float]]:
+    """The same through the engine: this rank's slice of each batch, in micro-batches."""
+    config = tiny_config(stage, precision)
+    engine = Engine(TinyModel(), config, ranks, 16 // ranks.world_size // micro_batches)
+    losses, norms = [], []
+    for step in range(1, STEPS + 1):
+        inputs, labels = batch_of_step(step)
+        known = (~labels.isnan()).sum()
+        mine = slice(ranks.rank * 16 // ranks.world_size, (ranks.rank + 1) * 16 // ranks.world_size)
+        total = torch.zeros(())
+        for part, truth in zip(inputs[mine].chunk(micro_batches), labels[mine].chunk(micro_batches), strict=True):
+            loss = masked_sum(engine(part), truth) / known
+            engine.backward(loss)
+            total += loss.detach()
+        losses.append(float(ranks.sum(total)))
+        norms.append(engine.step(learning_rate(step, config.train, STEPS)))
+    return engine, losses, norms
+
+
+def largest_difference(engine: Engine, whole: dict[str, torch.Tensor]) -> float:
+    """Of this rank's weights from whole ones."""
+    parameters = [fragment for fragment in held_fragments(engine) if fragment.kind == WEIGHT and fragment.name in whole]
+    assert parameters
+    return max(
+        float((part.tensor - whole[part.name].reshape(-1)[part.start : part.start + part.tensor.numel()]).abs().max())
+        for part in parameters
+    )
+
+
+def main(output: str) -> None:
+    """Write, for each case, how far the engine is from the bare loop."""
+    ranks = init_ranks()
+    found = {}
+    for precision in ("fp32", "bf16"):
+        weights, losses, norms = reference(precision)
+        for stage in range(4):
+            for micro_batches in (1, 4):
+                engine, engine_losses, engine_norms = trained(ranks, stage, precision, micro_batches)
+                found[f"{precision} stage {stage} micro-batches {micro_batches}"] = {
+                    "weights": max(ranks.gather(largest_difference(engine, weights))),
+                    "losses": max(abs(a - b) for a, b in zip(losses, engine_losses, strict=True)),
+                    "norms": max(abs(a - b) for a, b in zip(norms, engine_norms, strict=True)),
+                }
+                engine.close()
+    if ranks.is_first:
+        Path(output).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,160 @@
+"""The report: every section from what was measured, nothing loaded, nothing of what posts say; plain words that hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WORDS, write_posts
+from evaluation_job import ALONE, add_ablation, make_config, make_run
+
+from crossguard.configs.schema import Config, DataConfig
+from crossguard.train.evaluation.findings import Finding, find
+from crossguard.train.evaluation.stage import run_evaluation
+
+SECTIONS = ("summary", "training", "policies", "languages", "curves", "lineage", "configuration")
+VOID = {"meta", "link", "br", "img", "use", "path"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: ids, attributes, text, and whether elements are closed."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href", "action", "srcset", "poster"):
+                self.addresses.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("report")
+    config = make_config(write_posts(folder / "posts"), folder / "run")
+    make_run(config)
+    add_ablation(config, "text_only", ["text"])
+    lines = [{"split": "train", "step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0} for step in (1, 2, 3)]
+    lines.append({"split": "validation", "step": 2, "macro.auroc": 0.6, "macro.average_precision": 0.5})
+    log = folder / "run" / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_evaluation(config, ALONE)
+    return config
+
+
+@pytest.fixture(scope="module")
+def page(config: Config) -> Page:
+    return Page((Path(config.run_dir) / "report" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_whole_and_has_every_section(page: Page) -> None:
+    assert page.open == []
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    links = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert links <= set(page.ids)
+    for words in (
+        "text only",
+        "character n-grams",
+        "insult",
+        "Loss per known label",
+        "Validation, macro",
+        "spam: ROC",
+        "Unwanted <advertising>.",
+    ):
+        assert words in page.text
+
+
+def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> None:
+    assert [address for address in page.addresses if not address.startswith("#")] == ["data:,"]
+    assert page.tags & {"script", "img", "iframe", "object", "embed"} == set()
+    source = (Path(config.run_dir) / "report" / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in source
+    assert not re.search(r"@import|url\((?!#)", source)
+
+
+def test_the_page_holds_nothing_of_what_posts_say(page: Page) -> None:
+    assert [word for word in WORDS["es"] + WORDS["ar"] if len(word) > 4 and word in page.text] == []
+    assert "post/" not in page.text
+
+
+def measured(average_precision: float, auroc: float, languages: dict[str, float]) -> dict[str, Any]:
+    """A split with one policy."""
+    macro = {"average_precision": average_precision, "auroc": auroc, "recall_at_precision_90": 0.1}
+    cells = {
+        language: {"n": 100, "positives": 40, "average_precision": 0.5, "auroc": value, "recall_at_precision_90": 0.1}
+        for language, value in languages.items()
+    }
+    spam = {"all": {"n": 200, "positives": 80} | macro, "by_language": cells}
+    return {"policies": {"spam": spam}, "macro": macro, "macro_policy_language": macro}
+
+
+def said(config: Config, metrics: dict[str, Any]) -> list[Finding]:
+    return find(config, metrics, {"en", "de"})
+
+
+def test_the_summary_says_whether_the_reference_wins(config: Config) -> None:
+    metrics = {"splits": {"test": measured(0.6, 0.8, {"en": 0.8, "de": 0.8})}}
+    for reference, tone, words in [(0.7, "bad", "loses to"), (0.605, "note", "level with"), (0.5, "good", "beats")]:
+        other = {"splits": {"test": measured(reference, 0.9, {})}}
+        findings = said(config, metrics | {"references": {"tfidf_logistic_regression": other}})
+        assert [finding.tone for finding in findings if f"{words} its reference" in finding.text] == [tone]
+
+
+def test_the_summary_says_whether_one_modality_does_as_well(config: Config) -> None:
+    metrics = {"splits": {"test": measured(0.9, 0.95, {"en": 0.9})}}
+    for value, tone in [(0.5, "good"), (0.95, "bad")]:
+        other = {"text_only": {"splits": {"test": measured(0.5, value, {})}}}
+        findings = said(config, metrics | {"ablations": other})
+        assert [finding.tone for finding in findings if f"text only {value:.3f}" in finding.text] == [tone]
+
+
+def test_the_summary_says_when_an_unseen_language_fails(config: Config) -> None:
+    test = measured(0.9, 0.95, {"en": 0.95, "ko": 0.9})
+    findings = said(config, {"splits": {"test": test, "unseen": measured(0.3, 0.52, {"th": 0.52})}})
+    texts = {finding.tone: finding.text for finding in findings if "training never saw" in finding.text}
+    assert "fails in languages that training never saw: th" in texts["bad"]
+    assert "ko AUROC 0.900" in texts["good"]
+
+
+def test_the_summary_says_what_it_cannot_say(config: Config) -> None:
+    test = measured(0.9, 0.95, {"en": 0.9, "de": 0.7})
+    few = copy.deepcopy(test)
+    few["policies"]["spam"]["by_language"]["de"] = {"n": 4, "positives": 1, "insufficient": True}
+    assert any("1 of 2 cells" in finding.text for finding in said(config, {"splits": {"test": few}}))
+    assert any("spam in de, AUROC 0.700" in finding.text for finding in said(config, {"splits": {"test": test}}))
+    synthetic = replace(config, data=DataConfig(source="synthetic"))
+    for recipe, warned in [(config, False), (synthetic, True)]:
+        findings = said(recipe, {"splits": {"test": test}})
+        assert any("nothing about the quality of moderation" in finding.text for finding in findings) is warned
+    del few["macro"]
+    assert said(config, {"splits": {"test": few}})[0].text.startswith("The test split has too few known")

@@ -1,0 +1,231 @@
+"""Resuming: bit for bit after SIGKILL in every ZeRO stage, on other ranks and stages, with what may change and may not."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_models import alone, run_ranks, torchrun
+from rank_training import arguments, write_job
+
+from crossguard.configs.compose import compose
+from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.resume import changed_on_resume
+from crossguard.data.shards.build import build_shards
+from crossguard.train.checkpoint import load_weights
+from crossguard.train.checkpoint_folder import checkpoints_of, latest_checkpoint, step_of
+from crossguard.train.run_lock import run_lock
+from crossguard.train.training import run_training
+
+HERE = Path(__file__).parent
+STEPS = 24
+STAGES = range(4)
+MULTI = [f"train.max_steps={STEPS}", "train.schedule_steps=24"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe, posts and shards."""
+    folder = tmp_path_factory.mktemp("job")
+    write_job(folder)
+    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """For each stage a run of 24 steps, and one that was killed after step 8 and then went on; all on 2 ranks."""
+    with contextlib.ExitStack() as started:
+        runs = [started.enter_context(endless_run(folder, stage)) for stage in STAGES]
+        wait_until(lambda: sum(killed_midway(*run) for run in runs) == len(runs), 150)
+    jobs = [
+        arguments(folder, f"{run}-{stage}", f"zero={stage}", *MULTI) for stage in STAGES for run in ("whole", "killed")
+    ]
+    run_ranks(2, HERE / "rank_training.py", json.dumps(jobs))
+    return folder
+
+
+@contextlib.contextmanager
+def endless_run(folder: Path, stage: int) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The real entry under torchrun on 2 ranks, and its run directory."""
+    run_dir = f"killed-{stage}"
+    overrides = [f"zero={stage}", "train.max_steps=100000", "train.schedule_steps=24"]
+    line = [*torchrun(2, Path("-m")), "crossguard.train", *arguments(folder, run_dir, *overrides)]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE) as launcher:
+        yield launcher, folder / run_dir
+        launcher.kill()
+
+
+def killed_midway(launcher: subprocess.Popen[str], run_dir: Path) -> bool:
+    """SIGKILL torchrun, and it alone, once step 9 is done, and see its ranks gone."""
+    if launcher.returncode is None:
+        assert launcher.poll() is None, launcher.stderr and launcher.stderr.read()[-3000:]
+    if launcher.returncode is None and steps_in(run_dir)[-1:] >= [9]:
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: is_free(run_dir / ".lock") and is_free(run_dir / ".lock.ranks"), 10)
+    return launcher.returncode is not None
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_free(lock: Path) -> bool:
+    """No process, so no rank, holds it."""
+    with lock.open("a") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    file = run_dir / "metrics.jsonl"
+    complete = file.read_bytes().rpartition(b"\n")[0].splitlines() if file.is_file() else []
+    return [json.loads(line)["step"] for line in complete]
+
+
+def results(run_dir: Path) -> list[tuple[int, float, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines_of(run_dir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_equals_never_killed(finished: Path, stage: int) -> None:
+    whole, killed = finished / f"whole-{stage}", finished / f"killed-{stage}"
+    assert [line[0] for line in results(whole)] == list(range(1, STEPS + 1))
+    assert results(killed) == results(whole)
+    for rank in range(2):
+        file = f"samples/rank-{rank:05d}.jsonl"
+        assert lines_of(killed / file) == lines_of(whole / file)
+    one, other = (load_weights(run / "checkpoints" / f"step-{STEPS:08d}") for run in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stages_agree(finished: Path) -> None:
+    for stage in STAGES[1:]:
+        for one, other in zip(results(finished / "whole-0"), results(finished / f"whole-{stage}"), strict=True):
+            assert one[1] == pytest.approx(other[1], rel=1e-5)
+
+
+def test_run_directory_holds_no_absolute_path(finished: Path) -> None:
+    checkpoint = finished / "whole-1" / "checkpoints"
+    assert (checkpoint / "latest").read_text() == f"step-{STEPS:08d}"
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["latest", "step-00000020", "step-00000024"]
+    assert f'"{finished}' not in (checkpoint / "step-00000024" / "state.json").read_text()
+
+
+def test_goes_on_with_one_rank_and_another_stage(finished: Path) -> None:
+    """The order of samples goes on where it was, and the loss stays that of the first run."""
+    config = compose(
+        arguments(finished, "whole-2", "zero=3", f"train.max_steps={STEPS + 2}", "train.schedule_steps=24")
+    )
+    run_training(config, alone())
+    fresh = compose(arguments(finished, "alone", f"train.max_steps={STEPS + 2}", "train.schedule_steps=24"))
+    run_training(fresh, alone())
+    ids = {line["step"]: line["ids"] for line in lines_of(finished / "whole-2" / "samples" / "rank-00000.jsonl")}
+    expected = {line["step"]: line["ids"] for line in lines_of(finished / "alone" / "samples" / "rank-00000.jsonl")}
+    assert [ids[step] for step in (STEPS + 1, STEPS + 2)] == [expected[step] for step in (STEPS + 1, STEPS + 2)]
+    other = {line["step"]: line["ids"] for line in lines_of(finished / "whole-2" / "samples" / "rank-00001.jsonl")}
+    assert all(ids[step] + other[step] == expected[step] for step in range(1, STEPS + 1))
+
+
+def test_a_finished_job_does_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "whole-0" / "metrics.jsonl").read_bytes()
+    run_training(compose(arguments(finished, "whole-0", *MULTI)), alone())
+    assert (finished / "whole-0" / "metrics.jsonl").read_bytes() == before
+    assert "done before, at step 24" in capsys.readouterr().err
+
+
+def test_other_changes_are_refused(finished: Path) -> None:
+    config = compose(arguments(finished, "whole-0", *MULTI, "train.lr=0.5", "seed=3"))
+    with pytest.raises(UserError, match=r"seed: was 0, is now 3; train\.lr: was 0\.01, is now 0\.5"):
+        run_training(config, alone())
+
+
+def test_the_best_checkpoint_is_kept_and_patience_stops(folder: Path) -> None:
+    """A validation that gets worse from the second evaluation on, as the learning rate is far too high."""
+    overrides = ["evaluation.every_steps=2", "checkpoint.every_steps=0", "checkpoint.keep_last=1", "train.patience=3"]
+    run_training(compose(arguments(folder, "patient", *overrides, "train.max_steps=60", "train.lr=3e-2")), alone())
+    run_dir = folder / "patient"
+    evaluations = [line for line in lines_of(run_dir / "metrics.jsonl") if line["split"] == "validation"]
+    values = [line["macro.average_precision"] for line in evaluations]
+    best = max(range(len(values)), key=values.__getitem__)
+    assert len(values) == best + 1 + 3
+    assert (run_dir / "checkpoints" / "best").read_text() == f"step-{evaluations[best]['step']:08d}"
+    kept = {(best + 1) * 2, len(values) * 2}
+    assert {step_of(path) for path in checkpoints_of(run_dir)} == kept
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    run_training(compose(arguments(folder, "patient", *overrides, "train.max_steps=90", "train.lr=3e-2")), alone())
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_epochs_end_training(folder: Path) -> None:
+    run_training(compose(arguments(folder, "epochs", "train.max_epochs=0.5", "checkpoint.every_steps=0")), alone())
+    assert steps_in(folder / "epochs") == list(range(1, 8))  # 7 batches of 8 cover half of the 110 posts.
+
+
+def test_restart_moves_the_old_run_aside(folder: Path) -> None:
+    overrides = ["train.max_steps=2", "checkpoint.every_steps=0"]
+    run_training(compose(arguments(folder, "restarted", *overrides)), alone())
+    run_training(compose(arguments(folder, "restarted", *overrides, "train.restart=true", "seed=3")), alone())
+    run_dir = folder / "restarted"
+    assert latest_checkpoint(run_dir) == run_dir / "checkpoints" / "step-00000002"
+    assert (run_dir / "checkpoints.moved-1" / "step-00000002").is_dir()
+    assert steps_in(run_dir) == [1, 2]
+    assert len(lines_of(run_dir / "metrics.jsonl.moved-1")) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_job(folder: Path) -> None:
+    config = compose(arguments(folder, "diverged", "train.lr=1e30", "train.grad_clip=0", "train.warmup_steps=0"))
+    with pytest.raises(JobError, match=r"is nan|is inf"):
+        run_training(config, alone())
+    run_dir = folder / "diverged"
+    stopped = lines_of(run_dir / "quarantine.jsonl")
+    assert len(stopped) == 8
+    assert {line["id"] for line in stopped} == set(lines_of(run_dir / "samples" / "rank-00000.jsonl")[-1]["ids"]) or (
+        stopped[0]["step"] == len(lines_of(run_dir / "samples" / "rank-00000.jsonl")) + 1
+    )
+
+
+def test_a_run_directory_in_use_names_its_holder(tmp_path: Path) -> None:
+    holder = rf"in use by process {os.getpid()} on"
+    with run_lock(tmp_path, alone()), pytest.raises(JobError, match=holder), run_lock(tmp_path, alone(), wait=0.3):
+        pass
+    with run_lock(tmp_path, alone(), wait=0):
+        pass
+
+
+def test_a_wrong_setting_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
+    line = [sys.executable, "-X", "importtime", "-m", "crossguard.train", "recipe=quickstartt"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "crossguard: " in done.stderr
+    assert "| torch" not in done.stderr
+
+
+def test_what_may_change() -> None:
+    saved = {"seed": 1, "train": {"lr": 0.1, "max_steps": 5}, "zero": {"stage": 1}, "model": {"text": {"config": {}}}}
+    now = {"seed": 1, "train": {"lr": 0.1, "max_steps": 9}, "zero": {"stage": 3, "deepspeed": {"a": 1}}, "model": {}}
+    assert changed_on_resume(saved, now) == []
+    now["model"] = {"text": {"config": {"hidden_size": 8}}}
+    assert changed_on_resume(saved, now) == ["model.text.config.hidden_size: was not set, is now 8"]

@@ -1,0 +1,94 @@
+"""Tracking: one W&B run over resumes, offline without a key, and never a reason to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rank_models import tiny_config
+
+from crossguard.configs.schema import Config
+from crossguard.train import tracking
+from crossguard.train.metrics_log import LineLog, cut_after, metrics_file, samples_file
+from crossguard.train.tracking import NullTracker, WandbTracker, mode_of, open_tracker
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = tiny_config()
+    config.run_dir = str(tmp_path)
+    return config
+
+
+def test_one_run_over_resumes(config: Config, tmp_path: Path) -> None:
+    first = open_tracker(config, None, first=True)
+    first.log({"train/loss": 0.5}, 1)
+    first.close()
+    second = open_tracker(config, first.run_id, first=True)
+    second.log({"train/loss": 0.4}, 2)
+    second.close()
+    assert first.run_id
+    assert second.run_id == first.run_id
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert files
+    assert {file.stem for file in files} == {f"run-{first.run_id}"}
+
+
+def test_other_ranks_and_none_track_nothing_but_keep_the_run(config: Config) -> None:
+    assert isinstance(open_tracker(config, "kept", first=False), NullTracker)
+    config.tracker.name = "none"
+    assert open_tracker(config, "kept", first=True).run_id == "kept"
+
+
+def test_a_broken_tracker_says_so_once_and_is_silent(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def fail(**_: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    tracker = WandbTracker(config, "id")
+    tracker.log({"train/loss": 0.5}, 1)
+    tracker.close()
+    assert tracker.run_id == "id"
+    assert capsys.readouterr().err.count("W&B failed (ConnectionError)") == 1
+
+
+def test_a_tracker_that_never_ends_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    tracker = WandbTracker(config, None)
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.1)
+    forever = threading.Event()
+    run, tracker._run = tracker._run, type("Run", (), {"finish": lambda self: forever.wait()})()
+    tracker.close()
+    forever.set()
+    run.finish()
+
+
+def test_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert mode_of("auto") == "offline"
+    assert mode_of("online") == "online"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+    assert mode_of("auto") == "online"
+
+
+def test_lines_after_the_restored_step_are_cut(tmp_path: Path) -> None:
+    for file in (metrics_file(tmp_path), samples_file(tmp_path, 1)):
+        log = LineLog(file)
+        for step in (1, 2, 3):
+            log.write({"step": step, "loss": 0.1 + 0.2})
+        log.close()
+        with file.open("a") as opened:
+            opened.write('{"step": 1, "lo')  # Torn by a kill.
+    cut_after(tmp_path, 2)
+    expected = '{"step": 1, "loss": 0.30000000000000004}\n{"step": 2, "loss": 0.30000000000000004}\n'
+    assert metrics_file(tmp_path).read_text() == samples_file(tmp_path, 1).read_text() == expected
+    cut_after(tmp_path, 0)
+    assert metrics_file(tmp_path).read_text() == ""

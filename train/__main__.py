@@ -1,0 +1,78 @@
+"""The one entry for ranks: `torchrun … -m crossguard.train [stage=train|evaluate] recipe=NAME run_dir=DIR key=value …`.
+
+The configuration is known to be right before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from crossguard.configs.arguments import take
+from crossguard.configs.compose import compose
+from crossguard.configs.errors import EXIT_FAILED, CrossguardError
+from crossguard.configs.parent_death import die_with_parent
+from crossguard.configs.schema import Config
+from crossguard.configs.schema.checks import one_of
+
+STAGES = ("train", "evaluate")
+SECONDS_FOR_RANK_0 = 3.0
+
+
+def main(argv: list[str]) -> int:
+    """Run a stage as one rank; returns the exit status."""
+    if "RANK" in os.environ:  # A launcher started this process.
+        die_with_parent()
+    try:
+        own, rest = take(argv, "stage")
+        stage = own.get("stage", "train")
+        one_of("stage", stage, STAGES)
+        config = compose(rest)
+        _run(stage, config)
+    except CrossguardError as error:
+        _say(str(error))
+        return error.exit_status
+    except Exception as error:
+        _say(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''} (see logs/)")
+        return EXIT_FAILED
+    return 0
+
+
+def _run(stage: str, config: Config) -> None:
+    """Everything that libraries print goes to this rank's log; so does the traceback of an error."""
+    from crossguard.train.rank_log import rank_log
+
+    with rank_log(Path(config.run_dir)):
+        from crossguard.train.ranks import init_ranks, leave_ranks
+
+        try:
+            ranks = init_ranks()
+            if stage == "train":
+                from crossguard.train.training import run_training
+
+                run_training(config, ranks)
+            else:
+                from crossguard.train.evaluation.stage import run_evaluation
+
+                run_evaluation(config, ranks)
+            leave_ranks()
+        except Exception:
+            logging.getLogger(__name__).exception("stage=%s failed", stage)
+            raise
+
+
+def _say(message: str) -> None:
+    """Rank 0 speaks on the terminal. An error of another rank alone is heard as well: where rank 0 had it too, the
+    launcher ends this process before its turn comes."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"crossguard: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""The DeepSpeed engine: forward, backward and step under ZeRO 0-3 (arXiv 1910.02054), in fp32 or bf16.
+
+Weights, gradients and moments are fp32 in every stage; bf16 is torch's autocast around the forward pass. So a stage
+differs from another in who holds what, never in what is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from crossguard.configs.deepspeed_owned import check_owned
+from crossguard.configs.schema import Config
+from crossguard.train.optimizer import build_optimizer, freeze
+from crossguard.train.ranks import Ranks
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Gradients of any number of `backward` calls add up until `step`. DeepSpeed averages gradients over ranks; `backward`
+    undoes that, so that the gradient is that of the sum of all losses of all ranks.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks, micro_batch_size: int):
+        """Place `model` (whole and equal on every rank) on the device and hand it to DeepSpeed.
+
+        Raises:
+            UserError: `train.freeze` fits no parameter, or `zero.deepspeed` holds a key that crossguard owns.
+        """
+        self.ranks = ranks
+        self.stage = config.zero.stage
+        self._grad_clip = config.train.grad_clip
+        freeze(model, config.train.freeze)
+        self.model = model.to(ranks.device)
+        self.optimizer = build_optimizer(model, config.train)
+        self._norm = torch.zeros((), device=ranks.device)
+        if self.stage == 0:
+            # DeepSpeed clips without telling the norm here; the gradients are already averaged when the hook runs.
+            self.optimizer.register_step_pre_hook(self._clip)
+        self.deepspeed, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config, ranks.world_size, micro_batch_size)
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's forward pass. Under ZeRO-3 every rank must call it equally often."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this rank's `loss` (a scalar) to those since the last step."""
+        self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update the weights at learning rate `lr`, forget the gradients.
+
+        Returns:
+            The norm of the gradient of all ranks before clipping. When it is not finite, stages 1-3 skip the update.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.deepspeed.step()
+        return float(self._norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout and the like on or off."""
+        self.deepspeed.train(mode)
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+    def _clip(self, *_: Any) -> None:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        limit = self._grad_clip or float("inf")
+        self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> dict[str, Any]:
+    """What DeepSpeed is told: the keys that crossguard owns, with `zero.deepspeed` on top.
+
+    DeepSpeed's own accumulation loses gradients in stages 1 and 2 when `backward` is called twice before `step`
+    (0.19.8); the unmanaged one adds them up in every stage.
+    """
+    check_owned(config.zero.deepspeed)
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_batch_size": micro_batch_size * world_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.train.grad_clip if config.zero.stage else 0.0,
+        "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": {"stage": config.zero.stage},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merged(ours, config.zero.deepspeed)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` wins, block by block."""
+    merged = copy.deepcopy(below)
+    for name, value in above.items():
+        both_blocks = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both_blocks else copy.deepcopy(value)
+    return merged

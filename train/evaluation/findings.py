@@ -1,0 +1,148 @@
+"""The report's summary in plain words: what the numbers say, the bad news first among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from crossguard.configs.schema import Config
+
+# Differences of average precision or AUROC below this are called level.
+LEVEL = 0.01
+# A split or language below this AUROC is called failed; chance is .5.
+FAILS_BELOW = 0.6
+REFERENCE_NAMES = {"tfidf_logistic_regression": "character n-grams with logistic regression"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence and its tone: good, bad or note."""
+
+    tone: str
+    text: str
+
+
+def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) -> list[Finding]:
+    """What a reader must know before the tables."""
+    split = primary_split(metrics)
+    found = [_headline(metrics, split)]
+    if "macro" in metrics["splits"][split]:
+        found += _against_references(metrics, split) + _against_ablations(metrics, split)
+    for name, measured in metrics["splits"].items():
+        found += _new_languages(name, measured, train_languages)
+    found += _weakest_cell(metrics["splits"][split]) + _insufficient(metrics["splits"][split], split, config)
+    if config.data.source == "synthetic":
+        found.append(
+            Finding(
+                "note",
+                "The posts come from a generator with harmless stand-ins for violations. Such data proves that the "
+                "mechanisms work; it says nothing about the quality of moderation on real posts.",
+            )
+        )
+    return found
+
+
+def primary_split(metrics: Mapping[str, Any]) -> str:
+    """The split that the summary speaks of: test, else the first."""
+    return "test" if "test" in metrics["splits"] else next(iter(metrics["splits"]))
+
+
+def in_words(name: str) -> str:
+    """A key of metrics.json as a reader would say it."""
+    return REFERENCE_NAMES.get(name, name.replace("_", " "))
+
+
+def _headline(metrics: Mapping[str, Any], split: str) -> Finding:
+    macro = metrics["splits"][split].get("macro")
+    if macro is None:
+        return Finding("bad", f"The {split} split has too few known positives or negatives to measure any policy.")
+    return Finding(
+        "good" if macro["auroc"] >= FAILS_BELOW + 0.1 else "bad",
+        f"Given a violating and a benign post of the {split} split, the model ranks the violating one higher "
+        f"{macro['auroc']:.1%} of the time (macro AUROC; guessing gives 50%).",
+    )
+
+
+def _against_references(metrics: Mapping[str, Any], split: str) -> list[Finding]:
+    own, found = metrics["splits"][split]["macro"]["average_precision"], []
+    for name, reference in metrics.get("references", {}).items():
+        other = reference["splits"][split].get("macro", {}).get("average_precision", math.nan)
+        numbers = f"(macro average precision {own:.3f} against {other:.3f})"
+        if own < other - LEVEL:
+            text = (
+                f"The model loses to its reference, {in_words(name)} fitted on the same posts {numbers}. Until that "
+                "changes the reference is the better choice: train longer, or start from a pretrained encoder."
+            )
+            found.append(Finding("bad", text))
+        elif own <= other + LEVEL:
+            found.append(Finding("note", f"The model is level with its reference, {in_words(name)} {numbers}."))
+        else:
+            found.append(Finding("good", f"The model beats its reference, {in_words(name)} {numbers}."))
+    return found
+
+
+def _against_ablations(metrics: Mapping[str, Any], split: str) -> list[Finding]:
+    own = metrics["splits"][split]["macro"]["auroc"]
+    others = {
+        name: measured["splits"][split]["macro"]["auroc"]
+        for name, measured in metrics.get("ablations", {}).items()
+        if "macro" in measured["splits"].get(split, {})
+    }
+    if not others:
+        return []
+    listed = ", ".join(f"{in_words(name)} {value:.3f}" for name, value in others.items())
+    best = max(others, key=others.__getitem__)
+    if own > others[best] + LEVEL:
+        text = f"The whole model reaches AUROC {own:.3f}; trained apart with the same budget: {listed}."
+        return [Finding("good", text)]
+    text = f"The whole model (AUROC {own:.3f}) is no better than '{in_words(best)}' trained apart ({listed})."
+    return [Finding("bad", text)]
+
+
+def _new_languages(split: str, measured: Mapping[str, Any], train_languages: set[str]) -> list[Finding]:
+    """Languages that training never saw, each by the mean AUROC of its measured cells."""
+    values: dict[str, list[float]] = {}
+    for policy in measured["policies"].values():
+        for language, cell in policy["by_language"].items():
+            if language not in train_languages and "auroc" in cell:
+                values.setdefault(language, []).append(cell["auroc"])
+    if not values:
+        return []
+    means = {language: math.fsum(numbers) / len(numbers) for language, numbers in values.items()}
+    listed = ", ".join(f"{language} AUROC {value:.3f}" for language, value in sorted(means.items()))
+    failed = sorted(language for language, value in means.items() if value < FAILS_BELOW)
+    if failed:
+        text = (
+            f"The model fails in languages that training never saw: {', '.join(failed)} "
+            f"(split {split}: {listed}; guessing gives 0.500). Do not use it there."
+        )
+        return [Finding("bad", text)]
+    return [Finding("good", f"Languages that training never saw, in split {split}: {listed}.")]
+
+
+def _weakest_cell(measured: Mapping[str, Any]) -> list[Finding]:
+    cells = [
+        (cell["auroc"], policy, language, cell)
+        for policy, results in measured["policies"].items()
+        for language, cell in results["by_language"].items()
+        if "auroc" in cell
+    ]
+    if len(cells) < 2:
+        return []
+    value, policy, language, cell = min(cells, key=lambda one: one[:3])
+    text = f"Weakest of the measured cells: {policy} in {language}, AUROC {value:.3f} "
+    return [Finding("note", text + f"({cell['positives']:,} positives among {cell['n']:,} known labels).")]
+
+
+def _insufficient(measured: Mapping[str, Any], split: str, config: Config) -> list[Finding]:
+    cells = [cell for policy in measured["policies"].values() for cell in policy["by_language"].values()]
+    few = sum("insufficient" in cell for cell in cells)
+    if not few:
+        return []
+    text = (
+        f"{few} of {len(cells)} cells (policy × language) of the {split} split have fewer than "
+        f"{config.evaluation.min_positives} known positives or negatives and show no number."
+    )
+    return [Finding("note", text)]

@@ -1,0 +1,148 @@
+"""Small inline SVG panels for the report, in the colours of the page's CSS variables, so that they follow its theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.train.evaluation.predictions import Predictions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Inches; at 96 pixels an inch a panel fits a phone without being scaled.
+PANEL = (3.4, 2.5)
+MOST_POINTS = 300
+# matplotlib wants colours; each of these stands for a CSS variable of the page.
+INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
+OTHER_STYLES: tuple[str, ...] = ("--", ":", "-.")
+
+# x and y values of a line.
+Line = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
+
+
+def curve_panels(models: Mapping[str, Predictions], policy: str) -> list[str]:
+    """Precision-recall and ROC of one policy: the first model in colour, the others (ablations, references) in grey.
+
+    Args:
+        models: name -> predictions on the same split; each must know positives and negatives of the policy.
+    """
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    precision_recall: dict[str, Line] = {}
+    roc: dict[str, Line] = {}
+    prevalence = 0.0
+    for name, predictions in models.items():
+        column = predictions.policies.index(policy)
+        known = ~np.isnan(predictions.labels[:, column])
+        labels = predictions.labels[known, column] >= POSITIVE_FROM
+        scores = predictions.scores[known, column]
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        precision_recall[name] = (recall, precision)
+        roc[name] = roc_curve(labels, scores)[:2]
+        prevalence = float(labels.mean())
+    return [
+        _curves(
+            f"{policy}: precision and recall", precision_recall, ("recall", "precision"), ([0, 1], [prevalence] * 2)
+        ),
+        _curves(f"{policy}: ROC", roc, ("false positive rate", "true positive rate"), ([0, 1], [0, 1])),
+    ]
+
+
+def history_panel(title: str, lines: Mapping[str, Line], *, smooth: bool = False, mark: int | None = None) -> str:
+    """Values over steps; the first line in colour.
+
+    Args:
+        smooth: draw a running mean over the raw values.
+        mark: a step worth a vertical rule: the checkpoint that was evaluated.
+    """
+    figure, axes = _panel(title)
+    if mark is not None:
+        axes.axvline(mark, color=RULE, linewidth=1)
+    for order, (name, (steps, values)) in enumerate(lines.items()):
+        color = ACCENT if order == 0 else MUTED
+        steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+        if smooth and len(values) >= 20:
+            axes.plot(*_thin(steps, values), color=color, linewidth=0.6, alpha=0.35)
+            values = _running_mean(values, max(5, len(values) // 25))
+        marker = "o" if len(values) < 12 else None
+        axes.plot(*_thin(steps, values), color=color, linewidth=1.5, marker=marker, markersize=3, label=name)
+    axes.set_xlabel("step")
+    if len(lines) > 1:
+        _legend(axes)
+    return _svg(figure, title)
+
+
+def _curves(title: str, lines: Mapping[str, Line], names: tuple[str, str], chance: Line) -> str:
+    figure, axes = _panel(title)
+    axes.plot(*chance, color=RULE, linewidth=1)
+    for order, (name, (x, y)) in reversed(list(enumerate(lines.items()))):
+        style = "-" if order == 0 else OTHER_STYLES[(order - 1) % len(OTHER_STYLES)]
+        color, width = (ACCENT, 1.8) if order == 0 else (MUTED, 1.0)
+        axes.plot(*_thin(np.asarray(x), np.asarray(y)), style, color=color, linewidth=width, label=name)
+    axes.set(xlabel=names[0], ylabel=names[1], xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    if len(lines) > 1:
+        _legend(axes)
+    return _svg(figure, title)
+
+
+def _panel(title: str) -> tuple[object, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=PANEL, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=9, color=INK, pad=8)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.xaxis.label.set(color=MUTED, fontsize=8)
+    axes.yaxis.label.set(color=MUTED, fontsize=8)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.locator_params(nbins=5)
+    return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    lines, names = axes.get_legend_handles_labels()
+    axes.legend(lines[::-1], names[::-1], fontsize=7.5, frameon=False, labelcolor=MUTED, handlelength=1.8)
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_POINTS points of a line, its ends among them."""
+    if len(x) <= MOST_POINTS:
+        return x, y
+    rows = np.linspace(0, len(x) - 1, MOST_POINTS).round().astype(int)
+    return x[rows], y[rows]
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the last `width` values, of fewer at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _svg(figure: object, title: str) -> str:
+    """The figure as an element of the page: text stays text, colours become variables, ids do not collide."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})  # type: ignore[attr-defined]
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", svg)
+    for placeholder, variable in THEME.items():
+        svg = svg.replace(placeholder, variable)
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

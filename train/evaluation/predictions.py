@@ -1,0 +1,83 @@
+"""What a model said about a split: one row a post, kept as `predictions/<split>.parquet`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crossguard.configs.errors import UserError
+from crossguard.data.shards.files import write_atomic
+
+SCORE, LABEL = "score.", "label."
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores beside labels, rows in the order of the ids."""
+
+    policies: tuple[str, ...]
+    ids: list[str]
+    languages: list[str]
+    # float64 [posts, policies], in [0, 1].
+    scores: np.ndarray
+    # float32 [posts, policies], in [0, 1]; NaN where nobody gave a label.
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def gather(cls, policies: Sequence[str], parts: Iterable[Predictions]) -> Predictions:
+        """Join the ranks' parts: each id once, sorted by id, whatever the parts were."""
+        parts = list(parts)
+        width = len(policies)
+        ids = np.array([post for part in parts for post in part.ids], dtype=object)
+        languages = np.array([language for part in parts for language in part.languages], dtype=object)
+        scores = np.concatenate([np.zeros((0, width)), *(part.scores for part in parts)])
+        labels = np.concatenate([np.zeros((0, width), np.float32), *(part.labels for part in parts)])
+        _, rows = np.unique(ids, return_index=True)
+        return cls(tuple(policies), list(ids[rows]), list(languages[rows]), scores[rows], labels[rows])
+
+    def write(self, path: Path) -> None:
+        """Write the rows to `path`: complete or not at all."""
+        columns: dict[str, pa.Array] = {
+            "id": pa.array(self.ids, pa.string()),
+            "language": pa.array(self.languages, pa.string()),
+        }
+        for column, policy in enumerate(self.policies):
+            columns[SCORE + policy] = pa.array(self.scores[:, column], pa.float64())
+        for column, policy in enumerate(self.policies):
+            columns[LABEL + policy] = pa.array(self.labels[:, column], pa.float32(), from_pandas=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), buffer)
+        write_atomic(path, buffer.getvalue().to_pybytes())
+
+    @classmethod
+    def read(cls, path: Path) -> Predictions:
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: the file is missing or is no table of predictions.
+        """
+        try:
+            table = pq.read_table(path)
+            policies = tuple(name.removeprefix(SCORE) for name in table.column_names if name.startswith(SCORE))
+            scores = [table[SCORE + policy].to_numpy() for policy in policies]
+            labels = [table[LABEL + policy].to_numpy(zero_copy_only=False) for policy in policies]
+            ids, languages = table["id"].to_pylist(), table["language"].to_pylist()
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise UserError(f"{path}: no readable predictions; run `crossguard evaluate` again") from error
+        shape = (len(ids), len(policies))
+        return cls(
+            policies,
+            ids,
+            languages,
+            np.array(scores, dtype=np.float64).T.reshape(shape),
+            np.array(labels, dtype=np.float32).T.reshape(shape),
+        )

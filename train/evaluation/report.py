@@ -1,0 +1,177 @@
+"""report/report.html: one self-contained page, from what was measured and nothing else.
+
+The page loads nothing: styles and plots are inline, there is no script. Posts appear as counts, never as text or media.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crossguard.configs.schema import Config
+from crossguard.data.shards.files import write_atomic
+from crossguard.data.shards.manifest import Manifest
+from crossguard.train.evaluation.findings import find, in_words, primary_split
+from crossguard.train.evaluation.metrics import COUNTS
+from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
+from crossguard.train.evaluation.predictions import Predictions
+
+TEMPLATES = Path(__file__).parent / "templates"
+METRIC_NAMES = {
+    "average_precision": "Average precision",
+    "auroc": "AUROC",
+    "recall_at_precision_90": "Recall at precision .90",
+}
+# Keys of a training line in metrics.jsonl -> the panel's title.
+HISTORY = {
+    "loss": "Loss per known label",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "samples_per_second": "Posts per second",
+}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Everything that the report is made from."""
+
+    config: Config
+    manifest: Manifest
+    # The content of report/metrics.json.
+    metrics: Mapping[str, Any]
+    # name -> split -> predictions; the run's own model first, then ablations and references.
+    predictions: Mapping[str, Mapping[str, Predictions]]
+
+
+def write_report(run_dir: Path, evaluated: Evaluated) -> Path:
+    """Write report/report.html, complete or not at all."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"words": in_words, "number": _number, "svg": Markup}
+    page = environment.get_template("report.html.j2").render(_content(run_dir, evaluated))
+    path = run_dir / "report" / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, page.encode())
+    return path
+
+
+def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
+    metrics, manifest = evaluated.metrics, evaluated.manifest
+    split = primary_split(metrics)
+    train_languages = {
+        name.rpartition("/")[0]
+        for shard in manifest.shards_of("train")
+        for name, count in shard.strata.items()
+        if count
+    }
+    names = _metric_names(metrics)
+    return {
+        "config": evaluated.config,
+        "metrics": metrics,
+        "metric_names": names,
+        "split": split,
+        "posts": {name: len(predictions) for name, predictions in next(iter(evaluated.predictions.values())).items()},
+        "findings": find(evaluated.config, metrics, train_languages),
+        "comparison": _comparison(evaluated, split),
+        "history": _history(run_dir, metrics["checkpoint"]["step"]),
+        "tables": {
+            name: _policy_rows(evaluated.config, measured, names) for name, measured in _ordered(metrics, split)
+        },
+        "heat_maps": {name: _heat_map(measured) for name, measured in _ordered(metrics, split)},
+        "train_languages": train_languages,
+        "curves": _curve_panels(evaluated, split),
+        "manifest": manifest,
+        "config_yaml": (run_dir / "config.yaml").read_text(encoding="utf-8"),
+    }
+
+
+def _ordered(metrics: Mapping[str, Any], split: str) -> list[tuple[str, Any]]:
+    """The splits, the primary one first."""
+    return sorted(metrics["splits"].items(), key=lambda item: item[0] != split)
+
+
+def _metric_names(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Every metric that a cell has -> its heading; the user's own keep their names."""
+    cells = [policy["all"] for measured in metrics["splits"].values() for policy in measured["policies"].values()]
+    keys = [key for cell in cells for key in cell if key not in COUNTS]
+    return {key: METRIC_NAMES.get(key, key.replace("_", " ")) for key in dict.fromkeys([*METRIC_NAMES, *keys])}
+
+
+def _comparison(evaluated: Evaluated, split: str) -> list[dict[str, Any]]:
+    """The model beside ablations and references, each by its macro on the split."""
+    metrics = evaluated.metrics
+    rows = [{"name": "this model", "kind": "model", "macro": metrics["splits"][split].get("macro", {})}]
+    for kind in ("ablation", "reference"):
+        for name, measured in metrics.get(f"{kind}s", {}).items():
+            macro = measured["splits"].get(split, {}).get("macro", {})
+            rows.append({"name": in_words(name), "kind": kind, "macro": macro})
+    return rows
+
+
+def _policy_rows(config: Config, measured: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    meaning = {policy.name: policy.description for policy in config.taxonomy.policies}
+    return [
+        {
+            "policy": policy,
+            "meaning": meaning.get(policy, ""),
+            "cell": result["all"],
+            "values": [result["all"].get(key) for key in names],
+        }
+        for policy, result in measured["policies"].items()
+    ]
+
+
+def _heat_map(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Languages as rows, the largest first; policies as columns."""
+    sizes: dict[str, int] = {}
+    for policy in measured["policies"].values():
+        for language, cell in policy["by_language"].items():
+            sizes[language] = max(sizes.get(language, 0), cell["n"])
+    rows = [
+        (language, [policy["by_language"].get(language) for policy in measured["policies"].values()])
+        for language in sorted(sizes, key=lambda language: (-sizes[language], language))
+    ]
+    return {"policies": list(measured["policies"]), "rows": rows}
+
+
+def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
+    models = {name: splits[split] for name, splits in evaluated.predictions.items() if split in splits}
+    models = {in_words(name): predictions for name, predictions in models.items()}
+    measured = evaluated.metrics["splits"][split]["policies"]
+    policies = [policy for policy, result in measured.items() if "insufficient" not in result["all"]]
+    return [panel for policy in policies for panel in curve_panels(models, policy)]
+
+
+def _history(run_dir: Path, evaluated_step: int) -> list[str]:
+    """Panels of what metrics.jsonl logged over the steps."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    train = [line for line in lines if line["split"] == "train"]
+    measured = [line for line in lines if line["split"] == "validation" and "macro.auroc" in line]
+    panels = []
+    for key, title in HISTORY.items():
+        line: Line = ([one["step"] for one in train if key in one], [one[key] for one in train if key in one])
+        if len(line[0]) > 1:
+            panels.append(history_panel(title, {key: line}, smooth=key != "lr", mark=evaluated_step))
+    if measured:
+        steps = [line["step"] for line in measured]
+        keys = {"AUROC": "auroc", "average precision": "average_precision"}
+        validation = {name: (steps, [line[f"macro.{key}"] for line in measured]) for name, key in keys.items()}
+        panels.insert(1, history_panel("Validation, macro", validation, mark=evaluated_step))
+    return panels
+
+
+def _number(value: float | None) -> str:
+    """Three decimals; a dash where there is no number."""
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,103 @@
+"""Scoring a split: every row once, over any number of ranks, with the same scores as on one.
+
+Whole batches are dealt to the ranks, so that every post is scored beside the same posts whatever their number: not even
+the last digit of a score depends on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from crossguard.configs.errors import JobError
+from crossguard.configs.progress import progress
+from crossguard.data.loading.collate import Batch, EncodedSample, collate
+from crossguard.data.loading.loader import EvalLoader
+from crossguard.data.loading.reader import ShardReader
+from crossguard.train.encode import PostEncoder
+from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.ranks import Ranks
+
+
+def score_split(
+    model: nn.Module,
+    encode: PostEncoder,
+    reader: ShardReader,
+    rows: np.ndarray,
+    ranks: Ranks,
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    on_refused: Callable[[dict[str, Any]], None],
+    title: str = "",
+) -> Predictions:
+    """The model's predictions on `rows` of a split, gathered on every rank; all ranks call it.
+
+    Args:
+        model: called with a `Batch`, gives logits float[B, P]; left in evaluation mode.
+        encode: the model's own.
+        reader: the split.
+        rows: int[…], the same on every rank; each is scored once.
+        ranks: share out the rows.
+        batch_size: posts in a forward pass of a rank.
+        num_workers: processes that read for each rank.
+        on_refused: is told of every post that could not be read; those are left out.
+        title: what is being done, for the progress that rank 0 shows; nothing is shown without.
+
+    Raises:
+        JobError: a score is not finite.
+    """
+    dealt = _deal(reader, rows, batch_size, ranks.world_size)
+    loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
+    # Under ZeRO-3 a forward pass gathers weights from all ranks: everyone makes as many as the busiest.
+    passes = -(-len(dealt[0]) // batch_size)
+    parts = []
+    model.eval()
+    speak = bool(title) and ranks.is_first
+    with (
+        torch.no_grad(),
+        # Convolutions in full fp32 on GPUs too, as on CPUs.
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+        closing(iter(loader)) as batches,
+        progress(title, len(loader.rows), "posts", speak=speak) as shown,
+    ):
+        for _ in range(passes):
+            batch = next(batches, None)
+            scored = batch or _filler(encode)
+            logits = model(scored.to(ranks.device))
+            if batch is not None:
+                parts.append(_predictions(encode.taxonomy.names, batch, logits))
+                shown.advance(len(batch))
+    predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*ranks.gather(parts)))
+    wrong = np.flatnonzero(~np.isfinite(predictions.scores).all(axis=1))
+    if len(wrong):
+        raise JobError(
+            f"split {reader.split}: the scores of {len(wrong)} posts are not finite, the first is "
+            f"'{predictions.ids[wrong[0]]}'; the weights have diverged: train with a lower train.lr"
+        )
+    return predictions
+
+
+def _deal(reader: ShardReader, rows: np.ndarray, batch_size: int, world_size: int) -> list[np.ndarray]:
+    """The rows of each rank: batches of about one length, dealt in turn. Rank 0 has most."""
+    # In the order of EvalLoader, which is stable: it cuts each rank's rows into these very batches.
+    rows = rows[np.argsort(-reader.rows_index["text_bytes"][rows].astype(np.int64), kind="stable")]
+    owner = np.arange(len(rows)) // batch_size % world_size
+    return [rows[owner == rank] for rank in range(world_size)]
+
+
+def _predictions(policies: tuple[str, ...], batch: Batch, logits: torch.Tensor) -> Predictions:
+    scores = torch.sigmoid(logits.double()).cpu().numpy()
+    return Predictions(policies, batch.ids, batch.languages, scores, batch.labels.cpu().numpy())
+
+
+def _filler(encode: PostEncoder) -> Batch:
+    """A batch of one empty post, for a rank that has none left; its logits are thrown away."""
+    empty = EncodedSample("", "und", None, [], np.full(encode.num_policies, np.nan, dtype=np.float32))
+    return collate([empty], pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)

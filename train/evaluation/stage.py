@@ -1,0 +1,164 @@
+"""The evaluate stage: scores every held-out split with the run's model and its ablations, measures, reports."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.saved import load_config
+from crossguard.configs.schema import Config, ModelConfig
+from crossguard.configs.suggest import did_you_mean
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.files import write_atomic
+from crossguard.data.shards.manifest import Manifest
+from crossguard.data.taxonomy import Taxonomy
+from crossguard.train.checkpoint import best_or_latest, load_weights
+from crossguard.train.checkpoint_folder import checkpoints_of, step_of
+from crossguard.train.encode import PostEncoder
+from crossguard.train.evaluation.metrics import evaluate_predictions
+from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.references import tfidf_logistic_regression
+from crossguard.train.evaluation.report import Evaluated, write_report
+from crossguard.train.evaluation.scoring import score_split
+from crossguard.train.metrics_log import LineLog
+from crossguard.train.ranks import Ranks
+from crossguard.train.run_lock import run_lock
+from crossguard.train.trained import load_trained
+
+TRAIN_SPLIT = "train"
+# What the run's own model is called beside its ablations and references.
+MODEL = "this model"
+Scored = dict[str, Predictions]
+
+
+@dataclass(frozen=True)
+class Posts:
+    """The splits of a set of shards, and the rows of each that may be read."""
+
+    manifest: Manifest
+    taxonomy: Taxonomy
+    readers: dict[str, ShardReader]
+    rows: dict[str, np.ndarray]
+    # The splits that are scored.
+    splits: list[str]
+
+
+def run_evaluation(config: Config, ranks: Ranks) -> None:
+    """Write predictions/, report/metrics.json and report/report.html of a trained run; all ranks call it.
+
+    Scores are computed in fp32 from the best checkpoint's weights, also those of each ablation in `ablations/`.
+
+    Raises:
+        UserError: no checkpoint, a split that does not exist, shards or checkpoint of something else.
+        JobError: the run directory is in use.
+    """
+    run_dir = Path(config.run_dir)
+    with run_lock(run_dir, ranks):
+        posts = _open_posts(config, run_dir, ranks)
+        scored = {MODEL: _score(run_dir, config.model, config, posts, ranks)}
+        ablations = ranks.on_first(
+            lambda: [path for path in sorted((run_dir / "ablations").glob("*")) if checkpoints_of(path)]
+        )
+        for folder in ablations:
+            model = load_config(folder / "config.yaml").model
+            scored[folder.name] = _score(folder, model, config, posts, ranks)
+        if ranks.is_first:
+            _measure(run_dir, config, posts, scored, [folder.name for folder in ablations])
+
+
+def _open_posts(config: Config, run_dir: Path, ranks: Ranks) -> Posts:
+    shards_dir = Path(config.data.shards) if config.data.shards else run_dir / "shards"
+    manifest = Manifest.load(shards_dir)
+    taxonomy = Taxonomy.from_config(config.taxonomy)
+    manifest.check_taxonomy(taxonomy)
+    ranks.on_first(lambda: manifest.check_files(shards_dir))
+    splits = config.evaluation.splits or [split for split in manifest.splits if split != TRAIN_SPLIT]
+    for split in splits:
+        if split not in manifest.splits:
+            raise UserError(
+                f"evaluation.splits: no split '{split}' in the shards; {did_you_mean(split, manifest.splits)}"
+            )
+    if config.evaluation.references and TRAIN_SPLIT not in manifest.splits:
+        raise UserError(f"evaluation.references: {shards_dir} has no split '{TRAIN_SPLIT}' that one could be fitted on")
+    if not splits:
+        raise UserError(f"{shards_dir}: no split but train, nothing to evaluate; see build.splits")
+    now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
+    readers = {split: ShardReader(shards_dir, manifest, split) for split in manifest.splits}
+    rows = {split: reader.readable_rows(now) for split, reader in readers.items()}
+    return Posts(manifest, taxonomy, readers, rows, splits)
+
+
+def _score(run_dir: Path, model_config: ModelConfig, config: Config, posts: Posts, ranks: Ranks) -> Scored:
+    """Predictions of the model in `run_dir` on every split; rank 0 writes them there."""
+    encode = PostEncoder(model_config, posts.taxonomy)
+    checkpoint = ranks.on_first(lambda: best_or_latest(run_dir))
+    model = load_trained(model_config, encode, load_weights(checkpoint), checkpoint).to(ranks.device)
+    refused: list[dict[str, Any]] = []
+    scored = {}
+    for split in posts.splits:
+        scored[split] = score_split(
+            model,
+            encode,
+            posts.readers[split],
+            posts.rows[split],
+            ranks,
+            config.evaluation.batch_size,
+            num_workers=config.train.num_workers,
+            on_refused=refused.append,
+            title=f"evaluate {run_dir.name} on {split}",
+        )
+        if ranks.is_first:
+            scored[split].write(run_dir / "predictions" / f"{split}.parquet")
+    everyone = list(itertools.chain(*ranks.gather(refused)))
+    if everyone and ranks.is_first:
+        _quarantine(run_dir / "quarantine.jsonl", everyone)
+        ranks.say(f"evaluate: {len(everyone)} posts cannot be read and were not scored; see {run_dir}/quarantine.jsonl")
+    return scored
+
+
+def _quarantine(file: Path, refused: list[dict[str, Any]]) -> None:
+    """Name the posts that could not be read; once, however often a run is evaluated."""
+    named = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    log = LineLog(file)
+    for post in refused:
+        if json.dumps(post, ensure_ascii=False) not in named:
+            log.write(post)
+    log.close()
+
+
+def _measure(run_dir: Path, config: Config, posts: Posts, scored: dict[str, Scored], ablations: list[str]) -> None:
+    """Rank 0: metrics.json and report.html, from the predictions alone."""
+    references: dict[str, Scored] = {}
+    for name in config.evaluation.references:
+        references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
+    metrics: dict[str, Any] = {
+        "splits": _metrics(scored[MODEL], config),
+        "checkpoint": {"step": step_of(best_or_latest(run_dir))},
+        "shards": posts.manifest.sha256,
+    }
+    if ablations:
+        metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
+    if references:
+        metrics["references"] = {name: _beside(predictions, config) for name, predictions in references.items()}
+    file = run_dir / "report" / "metrics.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
+    write_report(run_dir, Evaluated(config, posts.manifest, metrics, scored | references))
+
+
+def _metrics(scored: Scored, config: Config) -> dict[str, Any]:
+    return {split: evaluate_predictions(predictions, config.evaluation) for split, predictions in scored.items()}
+
+
+def _beside(scored: Scored, config: Config) -> dict[str, Any]:
+    """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
+    splits = _metrics(scored, config)
+    shown = splits.get("test") or next(iter(splits.values()))
+    return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}

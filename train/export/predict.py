@@ -1,0 +1,103 @@
+"""Scoring posts with a bundle: on CPU or GPU, without DeepSpeed, with the scores that the evaluation would give."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema import BuildConfig, Config, DataConfig, TaxonomyConfig
+from crossguard.configs.schema.taxonomy import PolicyConfig
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.build import build_shards
+from crossguard.data.sources import Record, Source, open_source
+from crossguard.data.taxonomy import Taxonomy
+from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.scoring import score_split
+from crossguard.train.export.bundle import Bundle, load_bundle
+from crossguard.train.metrics_log import LineLog
+from crossguard.train.ranks import Ranks
+
+
+def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -> str:
+    """Score posts and write a table with columns id, language, score.<policy>, label.<policy>.
+
+    Posts go through the checks of a build (wrong lines, consent, expiry, restricted classes, damaged media) and the
+    same reading as in training, by way of temporary shards beside `output`; labels may be absent. Posts whose media is
+    missing or damaged are left out and named in `<output>.quarantine.jsonl`.
+
+    Args:
+        bundle_dir: what `crossguard export` wrote.
+        data: where the posts are.
+        output: a Parquet file.
+        batch_size: posts in a forward pass.
+
+    Returns:
+        A sentence about what was written.
+
+    Raises:
+        UserError: the bundle or the posts are wrong.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"output={output}: the folder does not exist")
+    bundle = load_bundle(bundle_dir)
+    quarantine = output.with_name(f"{output.name}.quarantine.jsonl")
+    quarantine.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".predict-", dir=output.parent) as folder:
+        predictions = _score(bundle, data, Path(folder) / "shards", quarantine, batch_size)
+    predictions.write(output)
+    refused = len(quarantine.read_text().splitlines()) if quarantine.exists() else 0
+    if not refused:
+        quarantine.unlink(missing_ok=True)
+    return f"{len(predictions)} posts -> {output}" + (f"; {refused} refused -> {quarantine}" if refused else "")
+
+
+def _score(bundle: Bundle, data: DataConfig, shards_dir: Path, quarantine: Path, batch_size: int) -> Predictions:
+    config = Config(
+        recipe="predict",
+        taxonomy=_taxonomy_config(bundle.taxonomy),
+        data=data,
+        # Whatever can be scored is scored; what cannot is named.
+        build=BuildConfig(max_refused=1.0),
+    )
+    source = _LabelsOptional(open_source(data, bundle.taxonomy, config.seed))
+    manifest = build_shards(config, shards_dir, quarantine, source=source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=device)
+    model = bundle.model.to(device)
+    refused = LineLog(quarantine)
+    parts = []
+    for split in manifest.splits:
+        reader = ShardReader(shards_dir, manifest, split)
+        rows = reader.readable_rows(0)
+        parts.append(
+            score_split(
+                model, bundle.encode, reader, rows, alone, batch_size, on_refused=refused.write, title="predict"
+            )
+        )
+    refused.close()
+    return Predictions.gather(bundle.taxonomy.names, parts)
+
+
+class _LabelsOptional:
+    """A source whose posts need no labels: without any, all of them are unknown."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def records(self) -> Iterator[Record]:
+        for record in itertools.starmap(Record, self.source.records()):
+            unlabeled = record.raw is not None and record.raw.get("labels") is None
+            yield record._replace(raw={**(record.raw or {}), "labels": {}}) if unlabeled else record
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+
+def _taxonomy_config(taxonomy: Taxonomy) -> TaxonomyConfig:
+    policies = [PolicyConfig(policy.name, policy.description, policy.dsa_category) for policy in taxonomy.policies]
+    return TaxonomyConfig(taxonomy.name, taxonomy.version, policies)

@@ -1,0 +1,158 @@
+"""The parts of weights and moments that a rank holds, whatever the ZeRO stage: flat views with a name and a start.
+
+One function a family: stage 0 (everything everywhere), stages 1 and 2 (each parameter group flattened and cut), stage 3
+(each parameter flattened and cut). The views are DeepSpeed's own memory: reading them saves, writing them loads.
+DeepSpeed's public accessors gather whole tensors and fail with two parameter groups in stage 2, hence this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:  # Reading a checkpoint must not cost the import of DeepSpeed.
+    from crossguard.train.engine import Engine
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + len(tensor)) of the flattened tensor `name`."""
+
+    # weight, exp_avg or exp_avg_sq.
+    kind: str
+    name: str
+    start: int
+    # One axis; a view of the state in use.
+    tensor: torch.Tensor
+    # Every rank holds the same elements.
+    replicated: bool = False
+
+
+def held_fragments(engine: Engine) -> list[Fragment]:
+    """Everything that this rank holds: weights (fp32 masters, frozen ones too), moments, buffers."""
+    family = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_flat_parameters}[engine.stage]
+    return [*family(engine), *_buffers(engine.model)]
+
+
+def owned_fragments(engine: Engine) -> Iterator[Fragment]:
+    """The fragments that this rank writes: together the ranks write each element once.
+
+    What all ranks hold is shared out in equal ranges; buffers (running statistics, small and of any type) are rank 0's.
+    """
+    rank, world_size = engine.ranks.rank, engine.ranks.world_size
+    buffers = {name for name, _ in persistent_buffers(engine.model)}
+    for fragment in held_fragments(engine):
+        if fragment.name in buffers:
+            if rank == 0:
+                yield fragment
+        elif fragment.replicated:
+            size = fragment.tensor.numel()
+            first, last = size * rank // world_size, size * (rank + 1) // world_size
+            if first < last:
+                yield Fragment(fragment.kind, fragment.name, first, fragment.tensor[first:last])
+        else:
+            yield fragment
+
+
+def refresh_weights(engine: Engine) -> None:
+    """Make the weights of the forward pass those of the masters, after these were written. All ranks call it."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage in (1, 2):
+        optimizer.update_lp_params()
+    elif engine.stage == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if small := optimizer.persistent_parameters:
+            small[0].partition(small)
+            small[0].all_gather(small)
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """The whole shape of every parameter and persistent buffer, also where ZeRO-3 holds only a part."""
+    shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in model.named_parameters()}
+    return shapes | {name: list(buffer.shape) for name, buffer in persistent_buffers(model)}
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that belong to the model's state."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.removeprefix(f"{prefix}." if prefix else "") not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def optimizer_steps(engine: Engine) -> int:
+    """Updates applied so far. DeepSpeed fills missing gradients with zeros, so all parameters share the number."""
+    return max((int(state["step"]) for state in engine.optimizer.state.values()), default=0)
+
+
+def set_optimizer_steps(engine: Engine, steps: int) -> None:
+    """Make AdamW's bias correction go on after `steps` updates."""
+    for state in engine.optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def _whole(engine: Engine) -> Iterator[Fragment]:
+    for name, parameter in engine.model.named_parameters():
+        yield Fragment(WEIGHT, name, 0, parameter.data.view(-1), replicated=True)
+        if parameter.requires_grad:
+            for kind, moment in _moments(engine.optimizer, parameter):
+                yield Fragment(kind, name, 0, moment.view(-1), replicated=True)
+
+
+def _of_flat_groups(engine: Engine) -> Iterator[Fragment]:
+    zero, rank = engine.deepspeed.optimizer, engine.ranks.rank
+    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+        first, last = rank * flat.numel(), (rank + 1) * flat.numel()
+        parts = [(WEIGHT, flat.data), *_moments(zero.optimizer, flat)]
+        members = zip(zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True)
+        for parameter, offset in members:
+            low, high = max(first, offset), min(last, offset + parameter.numel())
+            if low < high:
+                for kind, part in parts:
+                    yield Fragment(kind, names[id(parameter)], low - offset, part[low - first : high - first])
+    for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            yield Fragment(WEIGHT, name, 0, parameter.data.view(-1), replicated=True)
+
+
+def _of_flat_parameters(engine: Engine) -> Iterator[Fragment]:
+    zero, rank = engine.deepspeed.optimizer, engine.ranks.rank
+    parameter: Any  # With what DeepSpeed hangs on it.
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad:
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            parts = [(WEIGHT, flat.data), *_moments(zero.optimizer, flat)]
+        else:
+            offset, size = 0, parameter.ds_tensor.numel()
+            parts = [(WEIGHT, parameter.ds_tensor.data)]
+        start = rank * size
+        length = min(size, parameter.ds_numel - start)  # The last part is padded.
+        if length > 0:
+            for kind, part in parts:
+                yield Fragment(kind, name, start, part[offset : offset + length])
+
+
+def _buffers(model: nn.Module) -> Iterator[Fragment]:
+    for name, buffer in persistent_buffers(model):
+        yield Fragment(WEIGHT, name, 0, buffer.data.view(-1), replicated=True)
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """AdamW's moments of a tensor that it updates; made here as AdamW would at its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(parameter.data)
+    return [(kind, state[kind]) for kind in MOMENTS]

@@ -1,0 +1,172 @@
+"""The training loop: fetch, forward and backward, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crossguard.configs.errors import JobError
+from crossguard.configs.progress import progress
+from crossguard.configs.schema import Config
+from crossguard.data.loading.collate import Batch
+from crossguard.train.engine import Engine
+from crossguard.train.metrics_log import LineLog
+from crossguard.train.objectives import Objective, known_labels
+from crossguard.train.optimizer import learning_rate
+from crossguard.train.step_log import StepLog
+
+
+@dataclass
+class TrainState:
+    """What the loop counts, beside weights and optimizer; kept in every checkpoint."""
+
+    # Steps done.
+    step: int
+    # Horizon of the learning rate.
+    schedule_steps: int
+    # The best value of the validation metric so far, and the metric's name.
+    best: float | None = None
+    best_metric: str = ""
+    # Evaluations since the best one.
+    evaluations_without_better: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class TrainLoop:
+    """Runs the steps from `state.step + 1` to `last_step`.
+
+    Args:
+        config: the recipe.
+        engine: the model under DeepSpeed.
+        objective: logits and labels -> loss of each element.
+        loader: yields, for each step, this rank's micro-batches.
+        state: where to start; moves on.
+        last_step: the last step to do.
+        log: tells metrics.jsonl, samples/ and the tracker.
+        quarantine: takes the samples of a step whose loss is not finite.
+        validate: evaluates on the validation split: the metric that decides, or None where it is not defined.
+        save: writes a checkpoint; True marks the best so far.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        objective: Objective,
+        loader: Iterable[list[Batch]],
+        state: TrainState,
+        *,
+        last_step: int,
+        log: StepLog,
+        quarantine: LineLog,
+        validate: Callable[[int], float | None] | None,
+        save: Callable[[bool], None],
+    ):
+        self.config, self.engine, self.objective, self.loader, self.state = config, engine, objective, loader, state
+        self.last_step, self.log, self.quarantine, self.validate, self.save = last_step, log, quarantine, validate, save
+
+    def run(self) -> None:
+        """Train.
+
+        Raises:
+            JobError: a loss or gradient is not finite, or a checkpoint cannot be written.
+        """
+        state, speak = self.state, self.engine.ranks.is_first
+        self.engine.train()
+        with progress("train", self.last_step, "steps", done=state.step, speak=speak) as shown:
+            batches_of_steps = iter(self.loader)
+            while state.step < self.last_step and not out_of_patience(state, self.config):
+                asked = time.perf_counter()
+                batches = next(batches_of_steps)
+                fetched = time.perf_counter()
+                result = self.train_step(state.step + 1, batches)
+                state.step += 1
+                self.log.step(state.step, result, batches, waited=fetched - asked)
+                self._evaluate_and_save()
+                shown.advance(note=f"loss {result.loss:.4f}")
+
+    def train_step(self, step: int, batches: list[Batch]) -> StepResult:
+        """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
+
+        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0.
+        """
+        engine, ranks = self.engine, self.engine.ranks
+        lr = learning_rate(step, self.config.train, self.state.schedule_steps)
+        batches = [batch.to(ranks.device) for batch in batches]
+
+        known = ranks.sum(torch.stack([known_labels(batch.labels) for batch in batches]).sum()).clamp(min=1)
+
+        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for batch in batches:
+            logits = engine(batch)
+            loss = self.objective(logits, batch.labels).sum() / known
+            engine.backward(loss)
+            total += loss.detach()
+
+        global_loss = float(ranks.sum(total))
+        # Before the update, so that the weights stay as they were.
+        self._check_finite("loss", global_loss, step, batches)
+
+        grad_norm = engine.step(lr)
+        self._check_finite("gradient", grad_norm, step, batches)
+        return StepResult(global_loss, grad_norm, lr)
+
+    def _evaluate_and_save(self) -> None:
+        step, last = self.state.step, self.state.step == self.last_step
+        every = self.config.evaluation.every_steps
+        best = False
+        if self.validate is not None and every and (last or step % every == 0):
+            best = self._is_best(self.validate(step))
+            self.engine.train()
+        every = self.config.checkpoint.every_steps
+        if best or last or (every and step % every == 0) or out_of_patience(self.state, self.config):
+            self.save(best)
+
+    def _is_best(self, value: float | None) -> bool:
+        state, wanted = self.state, self.config.checkpoint
+        if state.best_metric != wanted.metric:  # Values of another metric say nothing about this one.
+            state.best, state.best_metric, state.evaluations_without_better = None, wanted.metric, 0
+        better = value is not None and (
+            state.best is None or (value > state.best if wanted.mode == "max" else value < state.best)
+        )
+        state.best = value if better else state.best
+        state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
+        return better
+
+    def _check_finite(self, what: str, value: float, step: int, batches: list[Batch]) -> None:
+        """All ranks see the same value, so all of them stop."""
+        if math.isfinite(value):
+            return
+        for batch in batches:
+            for post, position in zip(batch.ids, batch.positions.tolist(), strict=True):
+                self.quarantine.write(
+                    {"id": post, "split": "train", "step": step, "position": position, "stage": "train"}
+                    | {"reason": f"in a batch whose {what} is not finite"}
+                )
+        raise JobError(
+            f"train: the {what} of step {step} is {value}; its samples are listed in quarantine.jsonl; lower train.lr, "
+            "set train.grad_clip or train.precision=fp32, or look at these samples; the last checkpoint is good"
+        )
+
+
+def out_of_patience(state: TrainState, config: Config) -> bool:
+    """Early stopping: enough evaluations without a better one."""
+    return config.train.patience is not None and state.evaluations_without_better >= config.train.patience
+
+
+def state_from(saved: dict[str, Any]) -> TrainState:
+    """The counts that a checkpoint holds."""
+    return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})

@@ -1,0 +1,70 @@
+"""The lines that a run directory keeps of its training: metrics.jsonl, samples/, quarantine.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+STAGING = ".staging-"
+
+
+class LineLog:
+    """Appends JSON objects, one a line; each line is handed to the kernel at once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: FileIO | None = None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one object; the first makes the file. Floats keep every digit."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered and appending: a line of one process is not torn by one of another, nor lost with the process.
+            self._file = FileIO(self._path, "a")
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def metrics_file(run_dir: Path) -> Path:
+    """Every logged step and evaluation."""
+    return run_dir / "metrics.jsonl"
+
+
+def samples_file(run_dir: Path, rank: int) -> Path:
+    """The ids of each step as delivered to a rank."""
+    return run_dir / "samples" / f"rank-{rank:05d}.jsonl"
+
+
+def cut_after(run_dir: Path, step: int) -> None:
+    """Remove the lines of steps after `step` (the restored one): they will be written again, each step stands once."""
+    for file in (metrics_file(run_dir), *sorted((run_dir / "samples").glob("rank-*.jsonl"))):
+        if file.is_file():
+            _cut(file, step)
+
+
+def _cut(file: Path, step: int) -> None:
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        staging = file.with_name(f"{STAGING}{file.name}")
+        with staging.open("wb") as opened:
+            opened.writelines(kept)
+            opened.flush()
+            os.fsync(opened.fileno())
+        staging.replace(file)
+
+
+def _step_of(line: bytes) -> float:
+    """A line that a killed process left half-written is later than any step."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

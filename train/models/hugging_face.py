@@ -1,0 +1,118 @@
+"""Encoders of `transformers`: pretrained ones from the hub or a folder, and small ones from a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Role = Literal["text", "image"]
+INPUTS = {"text": "input_ids", "image": "pixel_values"}
+
+
+def load_encoder(name: str, role: Role) -> PreTrainedModel:
+    """A pretrained encoder in float32; of a dual encoder (CLIP, SigLIP) the tower of `role`.
+
+    Args:
+        name: hub id or local folder.
+        role: which tower, and which key of the configuration an error names.
+
+    Raises:
+        UserError: there is no such model, it reads something else, or its file lacks weights of the encoder.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    key = f"model.{role}.pretrained={name}"
+    try:
+        config = _tower_config(AutoConfig.from_pretrained(name), role)
+        encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}: neither a folder with a model nor one that the hub has ({_first_line(error)})"
+        ) from error
+    # A pooler is made anew for many checkpoints; it is not used here.
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(
+            f"{key}: has no weights for {len(missing)} parameters of the encoder, the first is '{missing[0]}'"
+        )
+    return _encoder_half(encoder, role, key)
+
+
+def new_encoder(values: dict[str, Any], defaults: dict[str, Any], role: Role) -> PreTrainedModel:
+    """An encoder with random weights, drawn from torch's generator.
+
+    Args:
+        values: a configuration of `transformers` with its `model_type`.
+        defaults: settings that `values` need not repeat; used where the model knows them.
+        role: which key of the configuration an error names.
+
+    Raises:
+        UserError: `model_type` is missing or unknown, or a setting is unknown or refused.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    key = f"model.{role}.config"
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise UserError(f"{key}.model_type: missing; e.g. {'bert' if role == 'text' else 'vit'}")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"{key}.model_type={model_type}: unknown; {did_you_mean(model_type, CONFIG_MAPPING.keys())}")
+    standard = AutoConfig.for_model(model_type)
+    for name in values:
+        if not hasattr(standard, name) and not _reads_by_name(standard, name):
+            hint = did_you_mean(name, [*standard.to_dict(), *standard.attribute_map])
+            raise UserError(f"{key}.{name}: no setting of {model_type}; {hint}")
+    known = {name: value for name, value in defaults.items() if hasattr(standard, name)}
+    try:
+        config = AutoConfig.for_model(model_type, **{**known, **values})
+        encoder = AutoModel.from_config(_tower_config(config, role))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{key}: transformers refuses it ({_first_line(error)})") from error
+    return _encoder_half(encoder, role, f"{key}.model_type={model_type}")
+
+
+def encoder_config(encoder: PreTrainedModel) -> dict[str, Any]:
+    """What `new_encoder` needs to build the same architecture without a hub."""
+    # Files on the hub also hold settings of tools that nobody reads here; new_encoder would refuse them.
+    standard = type(encoder.config)()
+    values = {name: value for name, value in encoder.config.to_dict().items() if hasattr(standard, name)}
+    return {**values, "model_type": encoder.config.model_type}
+
+
+def _reads_by_name(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a setting that is no attribute of its own is looked at; any other one transformers silently ignores.
+
+    Derived and older settings (ModernBERT's `global_attn_every_n_layers`) are listed nowhere: the configuration's
+    code takes them by their quoted name.
+    """
+    return any(f'"{name}"' in inspect.getsource(part) for part in type(config).__mro__ if part is not object)
+
+
+def _tower_config(config: Any, role: Role) -> Any:
+    """Of a dual encoder's configuration the part of one tower."""
+    return getattr(config, "vision_config" if role == "image" else "text_config", config)
+
+
+def _encoder_half(model: PreTrainedModel, role: Role, key: str) -> PreTrainedModel:
+    """Of an encoder-decoder (T5) the encoder."""
+    if model.main_input_name != INPUTS[role]:
+        raise UserError(f"{key}: does not read {INPUTS[role]}; choose a model that encodes {role}s")
+    if getattr(model.config, "is_encoder_decoder", False):
+        encoder: PreTrainedModel = model.get_encoder()
+        return encoder
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    """What is wrong, in one line; some errors of transformers go on for a page."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,86 @@
+"""The image tower: any vision encoder of Hugging Face, one from a configuration, or the user's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.model import ImageEncoderConfig
+from crossguard.train.models.hugging_face import load_encoder, new_encoder
+from crossguard.train.models.tower import Tower, build_own_tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ImageTower(Tower):
+    """Pixels in, one vector a patch out, of a vision encoder of `transformers`."""
+
+    def __init__(self, encoder: PreTrainedModel, size: int):
+        """
+        Args:
+            encoder: of `transformers`.
+            size: S, the side of the images.
+
+        Raises:
+            UserError: the encoder cannot look at images of that size.
+        """
+        super().__init__()
+        # In evaluation mode a look changes no running statistics.
+        self.encoder = encoder.eval()
+        try:
+            with torch.no_grad():
+                tokens = self(torch.zeros(1, 3, size, size))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.image.size={size}: the encoder cannot look at such images ({reason})") from error
+        # Configurations name their width in many ways, and some of convolutional nets not at all.
+        self.width: int = tokens.shape[-1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float[N, 3, S, S] → float[N, T, width]."""
+        hidden: Tensor = self.encoder(pixel_values=pixels).last_hidden_state
+        # A convolutional net gives a map [N, width, h, w].
+        return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+class Normalise(nn.Module):
+    """Pixels 0 … 255 to the numbers that the encoder was trained with. Has no weights: nothing to save or to round."""
+
+    def __init__(self, mean: list[float], std: list[float]):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8[N, 3, S, S] → float32[N, 3, S, S]."""
+        values = pixels.float() / 255
+        mean, std = values.new_tensor(self.mean), values.new_tensor(self.std)
+        return (values - mean[:, None, None]) / std[:, None, None]
+
+
+def build_image_tower(config: ImageEncoderConfig) -> Tower:
+    """The image tower that a configuration names.
+
+    An encoder of the user's own (`build: module:function`) is called with `config` and returns a module whose
+    `forward(pixels float[N, 3, S, S])`, normalised by `config.mean` and `config.std`, gives float[N, T, width] and
+    whose attribute `width` says how wide. The output for an image must not depend on the other images.
+
+    Raises:
+        UserError: no such encoder, or it was made for another size.
+    """
+    if config.build:
+        return build_own_tower(config.build, "model.image.build", config)
+    encoder = (
+        load_encoder(config.pretrained, "image")
+        if config.pretrained
+        else new_encoder(config.config, {"image_size": config.size}, "image")
+    )
+    made_for = getattr(encoder.config, "image_size", config.size)
+    if made_for != config.size:
+        raise UserError(
+            f"model.image.size={config.size}: the encoder was made for {made_for}; set model.image.size={made_for}"
+        )
+    return ImageTower(encoder, config.size)

@@ -1,0 +1,78 @@
+"""The text tower: any encoder of Hugging Face, one from a configuration, or the user's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.train.models.hugging_face import load_encoder, new_encoder
+from crossguard.train.models.tower import Tower, build_own_tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Their position 0 comes after the id of the padding token, so that as many positions are lost.
+POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text", "luke")
+
+
+class TextTower(Tower):
+    """Tokens in, one vector a token out, of an encoder of `transformers`."""
+
+    def __init__(self, encoder: PreTrainedModel):
+        super().__init__()
+        self.encoder = encoder
+        self.width = int(encoder.config.hidden_size)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """int64[B, L] and bool[B, L] → float[B, L, width]; rows of `mask` hold at least one True."""
+        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        return hidden
+
+
+def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) -> Tower:
+    """The text tower that a configuration names.
+
+    An encoder of the user's own (`build: module:function`) is called with `config` and returns a module whose
+    `forward(input_ids int64[B, L], mask bool[B, L])` gives float[B, L, width] and whose attribute `width` says how
+    wide. The output at a token must not depend on where `mask` is False.
+
+    Raises:
+        UserError: no such encoder, or it does not fit the tokenizer or `max_length`.
+    """
+    if config.build:
+        return build_own_tower(config.build, "model.text.build", config)
+    if config.pretrained:
+        encoder = load_encoder(config.pretrained, "text")
+    else:
+        ids = {"vocab_size": vocab_size, "pad_token_id": pad_id, "bos_token_id": None, "eos_token_id": None}
+        encoder = new_encoder(config.config, ids, "text")
+    _check_fits(encoder, config, vocab_size, pad_id)
+    return TextTower(encoder)
+
+
+def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size: int, pad_id: int) -> None:
+    known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
+    if known < vocab_size:
+        raise UserError(
+            f"model.text.tokenizer: has {vocab_size} tokens and the encoder {known}; "
+            "use the encoder's own tokenizer, or leave vocab_size out of model.text.config"
+        )
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if positions and any(name in encoder.config.model_type for name in POSITIONS_AFTER_PADDING):
+        positions -= pad_id + 1
+    if positions and positions < config.max_length:
+        raise UserError(f"model.text.max_length={config.max_length}: the encoder has only {positions} positions")
+
+
+def summarise(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """float[B, L, D] and bool[B, L] → float[B, D]: the mean of the tokens, or the first of them."""
+    if pooling == "first":
+        return tokens[:, 0]
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    # Padding is cut out by selection, not by a product: it may hold anything.
+    kept = torch.where(mask.unsqueeze(-1), tokens, 0.0)
+    return kept.sum(1) / weights.sum(1).clamp(min=1)

@@ -1,0 +1,121 @@
+"""The processes that train together: who this one is, and the few things that they say to each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from crossguard.configs.errors import CrossguardError
+
+T = TypeVar("T")
+# The launcher ends the job when a rank is lost; this only bounds a hang that nobody notices.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the `world_size` that train together."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 speaks on the terminal, writes the shared files and decides facts about the file system."""
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """The small object of every rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's small object, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """Rank 0 acts on the file system; its result, or its error, is everyone's."""
+        result: Any = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = act()
+            except (CrossguardError, OSError) as failed:
+                error = failed
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def say(self, message: str) -> None:
+        """A line on the terminal, from rank 0."""
+        if self.is_first:
+            print(message, file=sys.stderr, flush=True)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank the error that any one of them brings; the lowest rank's, when several do."""
+        for other in self.gather(error):
+            if other is not None:
+                raise other
+
+
+def init_ranks() -> Ranks:
+    """Join the process group that torchrun's environment describes; without one, be the only rank.
+
+    NCCL on GPUs, gloo elsewhere.
+    """
+    # DeepSpeed builds and loads its operators with ninja, which lies beside a Python that nobody has "activated".
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def leave_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,118 @@
+"""Experiment tracking with Weights & Biases, beside metrics.jsonl. Whatever happens to it, training goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from crossguard.configs.saved import as_plain
+from crossguard.configs.schema import Config
+
+logger = logging.getLogger(__name__)
+INIT_SECONDS = 30.0
+CLOSE_SECONDS = 120.0
+
+
+class Tracker(Protocol):
+    """What training tells about itself."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Names the run over all its resumes; kept in the checkpoint."""
+        ...
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """The job ends."""
+        ...
+
+
+class NullTracker:
+    """tracker=none, and every rank but the first. Keeps the id of a run that was tracked before."""
+
+    def __init__(self, run_id: str | None = None):
+        self.run_id = run_id
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+class WandbTracker:
+    """One W&B run for a job: the id of the first start is used by every resume. After an error it stays silent."""
+
+    def __init__(self, config: Config, run_id: str | None):
+        self.run_id = run_id or secrets.token_hex(8)
+        self._run: Any = None
+        mode = mode_of(config.tracker.mode)
+        self._try(lambda: self._start(config, mode), otherwise="offline" if mode == "online" else "without")
+        if self._run is None and mode == "online":
+            self._try(lambda: self._start(config, "offline"))
+
+    def _start(self, config: Config, mode: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.tracker.project,
+            entity=config.tracker.entity,
+            tags=list(config.tracker.tags),
+            name=config.recipe,
+            id=self.run_id,
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=config.run_dir,
+            config=as_plain(config),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers of a step; W&B drops a step that it has already, so that a resume shows none twice."""
+        if self._run is not None:
+            self._try(lambda: self._run.log(dict(metrics), step=step))
+
+    def close(self) -> None:
+        """Hand over what is left, for a while: an unreachable server must not keep a finished job alive."""
+        if self._run is None:
+            return
+        finishing = threading.Thread(target=self._try, args=(self._run.finish,), daemon=True)
+        finishing.start()
+        finishing.join(CLOSE_SECONDS)
+        if finishing.is_alive():
+            logger.warning("W&B has not finished after %d s; `wandb sync` sends what is left", CLOSE_SECONDS)
+
+    def _try(self, action: Callable[[], Any], otherwise: str = "without") -> None:
+        try:
+            action()
+        except Exception as error:  # Whatever the tracker raises is no reason to stop training.
+            self._run = None
+            logger.exception("tracker failed")
+            print(f"crossguard: W&B failed ({type(error).__name__}), going on {otherwise}; see logs/", file=sys.stderr)
+
+
+def mode_of(mode: str) -> str:
+    """auto is online where there is an API key, in the environment or in the netrc file, and offline elsewhere."""
+    if mode != "auto":
+        return mode
+    if chosen := os.environ.get("WANDB_MODE"):
+        return chosen
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
+    return "online" if has_key else "offline"
+
+
+def open_tracker(config: Config, run_id: str | None, *, first: bool) -> Tracker:
+    """The configured tracker on rank 0, none on the others."""
+    if config.tracker.name == "none" or not first:
+        return NullTracker(run_id)
+    return WandbTracker(config, run_id)

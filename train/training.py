@@ -1,0 +1,172 @@
+"""The train stage on one rank: takes the run directory, puts the parts together, resumes, runs the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from crossguard.configs.resume import check_resumable
+from crossguard.configs.saved import as_plain, save_config
+from crossguard.configs.schema import Config
+from crossguard.data.loading.loader import TrainLoader
+from crossguard.data.loading.order import SampleOrder, micro_batches
+from crossguard.data.loading.plan import plan_training
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.manifest import Manifest
+from crossguard.data.taxonomy import Taxonomy
+from crossguard.train import checkpoint_folder
+from crossguard.train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from crossguard.train.encode import PostEncoder
+from crossguard.train.engine import Engine
+from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
+from crossguard.train.metrics_log import LineLog, cut_after
+from crossguard.train.models import build_model
+from crossguard.train.objectives import build_objective
+from crossguard.train.random_state import seed_rank
+from crossguard.train.ranks import Ranks
+from crossguard.train.run_lock import run_lock
+from crossguard.train.step_log import StepLog
+from crossguard.train.tracking import Tracker, open_tracker
+from crossguard.train.validation import open_validation
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is trained on."""
+
+    manifest: Manifest
+    encode: PostEncoder
+    reader: ShardReader
+    order: SampleOrder
+
+
+def run_training(config: Config, ranks: Ranks) -> None:
+    """Train to `train.max_steps`, going on from the newest checkpoint; nothing happens when that is there already.
+
+    Raises:
+        UserError: the configuration, the shards or a checkpoint do not fit together.
+        JobError: the run directory is in use, a loss is not finite, or the disk refuses a checkpoint.
+    """
+    run_dir = Path(config.run_dir)
+    with run_lock(run_dir, ranks):
+        ranks.on_first(lambda: _clean(run_dir, config))
+        checkpoint = newest_valid(run_dir, ranks)
+        saved = checkpoint_folder.read_state(checkpoint) if checkpoint else None
+        if saved is not None:
+            check_resumable(saved["config"], as_plain(config), config.run_dir)
+        inputs = _open_inputs(config, run_dir, ranks)
+        last_step = _last_step(config, inputs.order)
+        state = TrainState(step=0, schedule_steps=config.train.schedule_steps or last_step)
+        if saved is not None:
+            inputs.order.check_state(saved["order"], inputs.manifest.sha256)
+            state = state_from(saved)
+        if state.step >= last_step or out_of_patience(state, config):
+            ranks.say(f"train: done before, at step {state.step}")
+            return
+        engine = _open_engine(config, ranks, inputs, checkpoint)
+        ranks.on_first(lambda: _open_run_dir(run_dir, config, state.step))
+        tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
+        _train(config, engine, inputs, state, last_step, tracker)
+
+
+def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, last_step: int, tracker: Tracker) -> None:
+    """The steps that are left."""
+    run_dir, ranks, order = Path(config.run_dir), engine.ranks, inputs.order
+    log = StepLog(run_dir, config.train, ranks, tracker)
+    quarantine = LineLog(run_dir / "quarantine.jsonl")
+
+    def save(best: bool) -> None:
+        position = state.step * order.batch_size
+        about = asdict(state) | {
+            "position": position,
+            "order": order.state(inputs.manifest.sha256, position),
+            "config": as_plain(config),
+            "taxonomy": inputs.encode.taxonomy.to_json(),
+            "tracker_run_id": tracker.run_id,
+        }
+        save_checkpoint(run_dir, engine, about, keep_last=config.checkpoint.keep_last, best=best)
+
+    loader = TrainLoader(
+        inputs.reader,
+        order,
+        inputs.encode,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch_size=config.train.micro_batch_size,
+        num_workers=config.train.num_workers,
+        start_step=state.step + 1,
+        end_step=last_step,
+        on_refused=quarantine.write,
+    )
+    loop = TrainLoop(
+        config,
+        engine,
+        build_objective(config.train.loss),
+        loader,
+        state,
+        last_step=last_step,
+        log=log,
+        quarantine=quarantine,
+        validate=open_validation(
+            config, engine, inputs.encode, inputs.reader.shards_dir, inputs.manifest, log, quarantine.write
+        ),
+        save=save,
+    )
+    try:
+        loop.run()
+    finally:
+        log.close()
+        quarantine.close()
+
+
+def _open_inputs(config: Config, run_dir: Path, ranks: Ranks) -> Inputs:
+    """Shards that are those of the manifest, and the same order on every rank."""
+    shards_dir = Path(config.data.shards) if config.data.shards else run_dir / "shards"
+    taxonomy = Taxonomy.from_config(config.taxonomy)
+    manifest = Manifest.load(shards_dir)
+    manifest.check_taxonomy(taxonomy)
+    ranks.on_first(lambda: manifest.check_files(shards_dir))
+    encode = PostEncoder(config.model, taxonomy)
+    now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
+
+    def count_lengths() -> None:
+        plan_training(config, shards_dir, run_dir, encode, now, speak=True)
+
+    ranks.on_first(count_lengths)
+    reader, order = plan_training(config, shards_dir, run_dir, encode, now)
+    return Inputs(manifest, encode, reader, order)
+
+
+def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None) -> Engine:
+    """The model under DeepSpeed, restored where there is a checkpoint."""
+    encode = inputs.encode
+    micro_batch_size, _ = micro_batches(config.train.batch_size, ranks.world_size, config.train.micro_batch_size)
+    model = build_model(config.model, encode.taxonomy, encode.tokenizer, config.seed)
+    seed_rank(config.seed, ranks.rank)
+    engine = Engine(model, config, ranks, micro_batch_size)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, engine, config.seed)
+        ranks.say(f"train: going on after step {state['step']}")
+    return engine
+
+
+def _clean(run_dir: Path, config: Config) -> None:
+    """Rank 0: a fresh start where one is asked for, and no remains of a killed save."""
+    if config.train.restart:
+        checkpoint_folder.move_aside(run_dir)
+    checkpoint_folder.remove_staging(run_dir)
+
+
+def _open_run_dir(run_dir: Path, config: Config, step: int) -> None:
+    """Rank 0: the configuration in force, and no lines of steps that will come again."""
+    save_config(config, run_dir / "config.yaml")
+    cut_after(run_dir, step)
+
+
+def _last_step(config: Config, order: SampleOrder) -> int:
+    """max_steps, or the step that completes max_epochs when that comes first."""
+    if config.train.max_epochs is None:
+        return config.train.max_steps
+    return min(config.train.max_steps, math.ceil(config.train.max_epochs / order.epoch(1)))

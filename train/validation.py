@@ -1,0 +1,76 @@
+"""Evaluation on the validation split during training, and the one number that decides which checkpoint is the best."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crossguard.configs.schema import Config
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.manifest import Manifest
+from crossguard.train.encode import PostEncoder
+from crossguard.train.engine import Engine
+from crossguard.train.evaluation.metrics import evaluate_predictions
+from crossguard.train.evaluation.scoring import score_split
+from crossguard.train.step_log import StepLog, flat
+
+logger = logging.getLogger(__name__)
+SPLIT = "validation"
+Validate = Callable[[int], float | None]
+
+
+def open_validation(
+    config: Config,
+    engine: Engine,
+    encode: PostEncoder,
+    shards_dir: Path,
+    manifest: Manifest,
+    log: StepLog,
+    on_refused: Callable[[dict[str, Any]], None],
+) -> Validate | None:
+    """A function of the step that scores the validation split over all ranks, logs the metrics and returns the one
+    that `checkpoint.metric` names; None where the configuration asks for no evaluation.
+
+    Posts of a split lie in the order of a hash, so that the first ones are a fair sample where not all are taken.
+
+    Raises:
+        UserError: there is no validation split.
+    """
+    if not config.evaluation.every_steps:
+        return None
+    reader = ShardReader(shards_dir, manifest, SPLIT)
+    now = engine.ranks.broadcast(time.time())  # One clock decides which posts have expired.
+    rows = reader.readable_rows(now)[: config.evaluation.max_validation_posts]
+
+    def validate(step: int) -> float | None:
+        predictions = score_split(
+            engine.deepspeed,
+            encode,
+            reader,
+            rows,
+            engine.ranks,
+            config.evaluation.batch_size,
+            num_workers=config.train.num_workers,
+            on_refused=on_refused,
+        )
+        metrics = evaluate_predictions(predictions, config.evaluation)
+        log.evaluation(SPLIT, step, _short(metrics))
+        value = flat(metrics).get(config.checkpoint.metric)
+        if value is None:
+            logger.warning("step %d: validation does not define %s", step, config.checkpoint.metric)
+            engine.ranks.say(
+                f"train: checkpoint.metric={config.checkpoint.metric} is not defined on the validation split at step "
+                f"{step} (too few positives, or no such metric; see metrics.jsonl); no best checkpoint"
+            )
+        return value
+
+    return validate
+
+
+def _short(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without the cells of policy × language."""
+    policies = {name: {"all": cells["all"]} for name, cells in metrics.get("policies", {}).items()}
+    return {name: value for name, value in metrics.items() if name != "policies"} | {"policies": policies}
