@@ -122,6 +122,7 @@ class Hash(nn.Module):
         self.table = nn.Embedding(300, 6)
         self.length = config.max_length
     def forward(self, input_ids, mask):
+        assert mask.any(1).all(), "a row without a token"
         return self.table(input_ids)
 
 class Patches(nn.Conv2d):
@@ -265,7 +266,7 @@ LAYERS = {
     "modernbert": ("text.encoder.layers.{}.", "text.encoder.embeddings.", 2),
     "xlm-roberta": ("text.encoder.encoder.layer.{}.", "text.encoder.embeddings.", 2),
     "t5": ("text.encoder.block.{}.", "text.encoder.embed_tokens.", 2),
-    "vit": ("image.encoder.{}.", "image.encoder.embeddings.", 2),
+    "vit": ("image.encoder.layers.{}.", "image.encoder.embeddings.", 2),
     "convnext": ("image.encoder.encoder.stages.{}.", "image.encoder.embeddings.", 4),
     "siglip": ("image.encoder.encoder.layers.{}.", "image.encoder.embeddings.", 2),
     "clip": ("image.encoder.encoder.layers.{}.", "image.encoder.embeddings.", 2),

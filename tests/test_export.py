@@ -45,13 +45,13 @@ def read_posts(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(str(config.data.path)).read_text(encoding="utf-8").splitlines()]
 
 
-def predict_lines(config: Config, posts: list[dict[str, Any]], name: str) -> Predictions:
-    """What the bundle says about these posts, which lie beside the pictures of the run's own."""
+def predict_lines(config: Config, posts: list[dict[str, Any]], name: str) -> tuple[Predictions, str]:
+    """What the bundle says about these posts, which lie beside the pictures of the run's own; and its last words."""
     file = Path(str(config.data.path)).with_name(f"{name}.jsonl")
     file.write_text("".join(json.dumps(post) + "\n" for post in posts), encoding="utf-8")
     output = file.with_suffix(".parquet")
-    predict(bundle_of(config), DataConfig(path=str(file)), output, batch_size=7)
-    return Predictions.read(output)
+    said = predict(bundle_of(config), DataConfig(path=str(file)), output, batch_size=7)
+    return Predictions.read(output), said
 
 
 def test_the_bundle_holds_whole_weights_and_no_absolute_path(config: Config) -> None:
@@ -83,12 +83,12 @@ def test_predicting_gives_the_scores_of_the_evaluation(config: Config) -> None:
 
 def test_labels_may_be_absent(config: Config) -> None:
     posts = read_posts(config)[:30]
-    labeled = predict_lines(config, posts, "labeled")
+    labeled, _ = predict_lines(config, posts, "labeled")
     for number, post in enumerate(posts):
         post["labels"] = None
         if number % 2:
             del post["labels"]
-    unlabeled = predict_lines(config, posts, "unlabeled")
+    unlabeled, _ = predict_lines(config, posts, "unlabeled")
     assert np.isnan(unlabeled.labels).all()
     np.testing.assert_allclose(unlabeled.scores, labeled.scores, atol=1e-6)
 
@@ -100,11 +100,13 @@ def test_what_may_not_be_read_is_not_scored_and_what_is_broken_is_named(config: 
     posts[2]["image"] = "img/missing.png"
     (Path(str(config.data.path)).parent / "img" / "torn.png").write_bytes(b"\x89PNG torn")
     posts[3]["image"] = "img/torn.png"
-    scored = predict_lines(config, posts, "broken")
+    scored, said = predict_lines(config, posts, "broken")
     assert scored.ids == sorted(post["id"] for post in posts[4:])
     quarantine = Path(str(config.data.path)).with_name("broken.parquet.quarantine.jsonl")
     named = [json.loads(line)["id"] for line in quarantine.read_text(encoding="utf-8").splitlines()]
     assert sorted(named) == sorted([posts[2]["id"], posts[3]["id"]])
+    assert "1 left out (no_consent); 1 left out (expired)" in said
+    assert f"2 refused -> {quarantine}" in said
 
 
 def test_wrong_posts_are_all_listed_and_nothing_is_written(config: Config) -> None:
@@ -188,9 +190,13 @@ def test_a_pretrained_encoder_is_rebuilt_without_its_hub(tmp_path: Path) -> None
     np.testing.assert_allclose(predicted.scores[[rows[post] for post in evaluated.ids]], evaluated.scores, atol=1e-6)
 
 
-def test_serving_needs_no_deepspeed(config: Config) -> None:
+def test_serving_and_evaluating_need_no_deepspeed(config: Config, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from crossguard.train.export.bundle import load_bundle; "
-        "import crossguard.train.export.predict; load_bundle(Path(sys.argv[1])); assert 'deepspeed' not in sys.modules"
+        "import sys; from pathlib import Path; from crossguard.configs.schema import DataConfig; "
+        "import crossguard.train.evaluation.stage; from crossguard.train.export.predict import predict; "
+        "bundle, posts, output = sys.argv[1:]; predict(Path(bundle), DataConfig(path=posts), Path(output), 64); "
+        "assert 'deepspeed' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(bundle_of(config))], check=True)
+    output = tmp_path / "scores.parquet"
+    subprocess.run([sys.executable, "-c", code, bundle_of(config), str(config.data.path), output], check=True)
+    assert len(Predictions.read(output)) == 240

@@ -78,6 +78,16 @@ def test_every_trainable_parameter_gets_a_gradient_whatever_the_batch_lacks(
                 assert parameter.grad is None, name
 
 
+def test_batch_normalisation_keeps_its_statistics_in_training() -> None:
+    model = build(model_config(image=IMAGES["mobilevit"])).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any(name.endswith("running_mean") for name in before)
+    alone = torch.cat([model.image(batch_of(post).pixels.float() / 255) for post in (BOTH, ONLY_IMAGES)])
+    together = model.image(batch_of(BOTH, ONLY_IMAGES).pixels.float() / 255)
+    assert (alone - together).abs().max() <= 1e-5
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_an_absent_modality_is_a_learned_token_and_moves_no_tower(model: Classifier) -> None:
     model.zero_grad(set_to_none=True)
     model(batch_of(ONLY_TEXT)).square().sum().backward()
@@ -203,6 +213,7 @@ def test_a_dropped_modality_is_as_good_as_absent_and_only_in_training() -> None:
         assert set(kept.values()) == {"text", "image"}
         assert (lost - model(batch_of(*bare))).abs().max() <= 1e-5
         assert torch.equal(model(batch), both)
+        assert (lost - both).abs().amax(1).min() > 1e-4
 
 
 def test_lost_images_do_not_lengthen_the_sequence() -> None:

@@ -17,6 +17,7 @@ from evaluation_job import ALONE, add_ablation, make_config, make_run
 from crossguard.configs.schema import Config, DataConfig
 from crossguard.train.evaluation.findings import Finding, find
 from crossguard.train.evaluation.stage import run_evaluation
+from crossguard.train.export.bundle import write_bundle
 
 SECTIONS = ("summary", "training", "policies", "languages", "curves", "lineage", "configuration")
 VOID = {"meta", "link", "br", "img", "use", "path"}
@@ -67,7 +68,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     lines = [{"split": "train", "step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0} for step in (1, 2, 3)]
     lines.append({"split": "validation", "step": 2, "macro.auroc": 0.6, "macro.average_precision": 0.5})
     log = folder / "run" / "metrics.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    torn = '{"split": "train", "st'
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     run_evaluation(config, ALONE)
     return config
 
@@ -99,12 +101,38 @@ def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> 
     assert page.tags & {"script", "img", "iframe", "object", "embed"} == set()
     source = (Path(config.run_dir) / "report" / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in source
+    assert not re.search(r"https?://", source)
     assert not re.search(r"@import|url\((?!#)", source)
 
 
 def test_the_page_holds_nothing_of_what_posts_say(page: Page) -> None:
     assert [word for word in WORDS["es"] + WORDS["ar"] if len(word) > 4 and word in page.text] == []
     assert "post/" not in page.text
+
+
+def test_no_file_but_the_shards_repeats_what_a_post_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    canary = "canary4711"
+    posts = write_posts(tmp_path / "posts")
+    lines = [json.loads(line) for line in posts.read_text(encoding="utf-8").splitlines()]
+    for number, post in enumerate(lines):
+        post["text"] = f"{canary} {number} {canary}"
+        # A language of its own, in which no post can be told from another.
+        if post["split"] == "validation":
+            post |= {"split": "unseen_language", "language": "sw", "text": canary, "labels": {"spam": number % 2}}
+            post.pop("image", None)
+    posts.write_text("".join(json.dumps(post) + "\n" for post in lines), encoding="utf-8")
+    config = make_config(posts, tmp_path / "run")
+    make_run(config)
+    run_evaluation(config, ALONE)
+    write_bundle(config, tmp_path / "run")
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file() and "shards" not in file.parts]
+    assert {"report.html", "metrics.json", "unseen_language.parquet", "card.md"} <= {file.name for file in files}
+    assert [file for file in files if canary.encode() in file.read_bytes()] == []
+    assert canary not in "".join(capfd.readouterr())
+    # The same page owns up to what does not work.
+    page = Page((tmp_path / "run" / "report" / "report.html").read_text(encoding="utf-8"))
+    assert "fails in languages that training never saw: sw (split unseen_language: sw AUROC 0.500" in page.text
+    assert "insufficient: too few positives or negatives" in page.text
 
 
 def measured(average_precision: float, auroc: float, languages: dict[str, float]) -> dict[str, Any]:
@@ -125,7 +153,7 @@ def said(config: Config, metrics: dict[str, Any]) -> list[Finding]:
 def test_the_summary_says_whether_the_reference_wins(config: Config) -> None:
     metrics = {"splits": {"test": measured(0.6, 0.8, {"en": 0.8, "de": 0.8})}}
     for reference, tone, words in [(0.7, "bad", "loses to"), (0.605, "note", "level with"), (0.5, "good", "beats")]:
-        other = {"splits": {"test": measured(reference, 0.9, {})}}
+        other = {"train_posts": 1200, "splits": {"test": measured(reference, 0.9, {})}}
         findings = said(config, metrics | {"references": {"tfidf_logistic_regression": other}})
         assert [finding.tone for finding in findings if f"{words} its reference" in finding.text] == [tone]
 

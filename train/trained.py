@@ -28,12 +28,16 @@ def load_trained(
         UserError: the weights are of another model.
     """
     model = build_model(config, encode.taxonomy, encode.tokenizer, seed=0)
-    try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        different = str(error).splitlines()[1].strip()
+    wanted, given = _shapes(model.state_dict()), _shapes(weights)
+    if wanted != given:
+        name = min(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         raise UserError(
-            f"{place}: weights of another model than the configuration's ({different}); "
-            "use the model that it was trained with"
-        ) from None
+            f"{place}: weights of another model: '{name}' is {given.get(name, 'absent')} there and "
+            f"{wanted.get(name, 'absent')} in this configuration; use the model that it was trained with"
+        )
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in weights.items()}

@@ -68,12 +68,13 @@ def _headline(metrics: Mapping[str, Any], split: str) -> Finding:
 def _against_references(metrics: Mapping[str, Any], split: str) -> list[Finding]:
     own, found = metrics["splits"][split]["macro"]["average_precision"], []
     for name, reference in metrics.get("references", {}).items():
-        other = reference["splits"][split].get("macro", {}).get("average_precision", math.nan)
+        other = reference["splits"][split]["macro"]["average_precision"]
         numbers = f"(macro average precision {own:.3f} against {other:.3f})"
         if own < other - LEVEL:
             text = (
-                f"The model loses to its reference, {in_words(name)} fitted on the same posts {numbers}. Until that "
-                "changes the reference is the better choice: train longer, or start from a pretrained encoder."
+                f"The model loses to its reference, {in_words(name)} fitted on {reference['train_posts']:,} posts of "
+                f"the same training split {numbers}. Until that changes the reference is the better choice: train "
+                "longer, or start from a pretrained encoder."
             )
             found.append(Finding("bad", text))
         elif own <= other + LEVEL:

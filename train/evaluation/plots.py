@@ -14,6 +14,7 @@ from crossguard.train.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Inches; at 96 pixels an inch a panel fits a phone without being scaled.
 PANEL = (3.4, 2.5)
@@ -92,7 +93,7 @@ def _curves(title: str, lines: Mapping[str, Line], names: tuple[str, str], chanc
     return _svg(figure, title)
 
 
-def _panel(title: str) -> tuple[object, Axes]:
+def _panel(title: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=PANEL, layout="constrained")
@@ -130,17 +131,18 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _svg(figure: object, title: str) -> str:
+def _svg(figure: Figure, title: str) -> str:
     """The figure as an element of the page: text stays text, colours become variables, ids do not collide."""
     import matplotlib
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})  # type: ignore[attr-defined]
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # inside HTML an address that nothing needs
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", svg)
     for placeholder, variable in THEME.items():
         svg = svg.replace(placeholder, variable)

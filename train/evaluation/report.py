@@ -156,7 +156,9 @@ def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
 def _history(run_dir: Path, evaluated_step: int) -> list[str]:
     """Panels of what metrics.jsonl logged over the steps."""
     path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    # Training that was killed may have left its last line half-written.
+    lines = [json.loads(line) for line in written if line.endswith("\n")]
     train = [line for line in lines if line["split"] == "train"]
     measured = [line for line in lines if line["split"] == "validation" and "macro.auroc" in line]
     panels = []

@@ -65,15 +65,17 @@ def score_split(
         # Convolutions in full fp32 on GPUs too, as on CPUs.
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         closing(iter(loader)) as batches,
-        progress(title, len(loader.rows), "posts", speak=speak) as shown,
+        progress(title, len(rows), "posts", speak=speak) as shown,
     ):
-        for _ in range(passes):
+        # The ranks are level: after each pass, so many batches are done.
+        done = np.minimum(np.arange(passes + 1) * batch_size * ranks.world_size, len(rows))
+        for count in np.diff(done):
             batch = next(batches, None)
             scored = batch or _filler(encode)
             logits = model(scored.to(ranks.device))
             if batch is not None:
                 parts.append(_predictions(encode.taxonomy.names, batch, logits))
-                shown.advance(len(batch))
+            shown.advance(int(count))
     predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*ranks.gather(parts)))
     wrong = np.flatnonzero(~np.isfinite(predictions.scores).all(axis=1))
     if len(wrong):

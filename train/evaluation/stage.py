@@ -24,7 +24,7 @@ from crossguard.train.checkpoint_folder import checkpoints_of, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.metrics import evaluate_predictions
 from crossguard.train.evaluation.predictions import Predictions
-from crossguard.train.evaluation.references import tfidf_logistic_regression
+from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.metrics_log import LineLog
@@ -146,7 +146,10 @@ def _measure(run_dir: Path, config: Config, posts: Posts, scored: dict[str, Scor
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
     if references:
-        metrics["references"] = {name: _beside(predictions, config) for name, predictions in references.items()}
+        fitted_on = {"train_posts": min(len(posts.rows[TRAIN_SPLIT]), MOST_TRAIN_POSTS)}
+        metrics["references"] = {
+            name: fitted_on | _beside(predictions, config) for name, predictions in references.items()
+        }
     file = run_dir / "report" / "metrics.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())

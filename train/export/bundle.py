@@ -86,6 +86,7 @@ def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     model = load_trained(config.model, encode, weights, checkpoint)
     # Weights that two names share are stored under both: safetensors refuses shared memory.
     save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, staging / WEIGHTS)
+    (staging / WEIGHTS).chmod(0o644)  # safetensors keeps files to their owner, and others serve this one
     described = _self_contained(config.model, model)
     _write(staging / CONFIG, {"format": FORMAT, "recipe": config.recipe, "model": described})
     encode.tokenizer.save(staging / TOKENIZER)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from crossguard.configs.errors import UserError
@@ -14,6 +15,7 @@ from crossguard.configs.schema import BuildConfig, Config, DataConfig, TaxonomyC
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.build import build_shards
+from crossguard.data.shards.manifest import Manifest
 from crossguard.data.sources import Record, Source, open_source
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.predictions import Predictions
@@ -27,8 +29,8 @@ def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -
     """Score posts and write a table with columns id, language, score.<policy>, label.<policy>.
 
     Posts go through the checks of a build (wrong lines, consent, expiry, restricted classes, damaged media) and the
-    same reading as in training, by way of temporary shards beside `output`; labels may be absent. Posts whose media is
-    missing or damaged are left out and named in `<output>.quarantine.jsonl`.
+    same reading as in training, by way of temporary shards beside `output`; labels may be absent. Posts that may not be
+    read are left out and counted; those whose media is missing or damaged are named in `<output>.quarantine.jsonl`.
 
     Args:
         bundle_dir: what `crossguard export` wrote.
@@ -48,24 +50,31 @@ def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -
     quarantine = output.with_name(f"{output.name}.quarantine.jsonl")
     quarantine.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix=".predict-", dir=output.parent) as folder:
-        predictions = _score(bundle, data, Path(folder) / "shards", quarantine, batch_size)
+        shards_dir = Path(folder) / "shards"
+        manifest = _build(bundle, data, shards_dir, quarantine)
+        predictions = _score(bundle, manifest, shards_dir, quarantine, batch_size)
     predictions.write(output)
-    refused = len(quarantine.read_text().splitlines()) if quarantine.exists() else 0
-    if not refused:
-        quarantine.unlink(missing_ok=True)
-    return f"{len(predictions)} posts -> {output}" + (f"; {refused} refused -> {quarantine}" if refused else "")
+    said = [f"{len(predictions)} posts -> {output}"]
+    said += [f"{count} left out ({rule})" for rule, count in manifest.left_out.items() if count]
+    if quarantine.exists():
+        said.append(f"{len(quarantine.read_bytes().splitlines())} refused -> {quarantine}")
+    return "; ".join(said)
 
 
-def _score(bundle: Bundle, data: DataConfig, shards_dir: Path, quarantine: Path, batch_size: int) -> Predictions:
+def _build(bundle: Bundle, data: DataConfig, shards_dir: Path, quarantine: Path) -> Manifest:
     config = Config(
         recipe="predict",
         taxonomy=_taxonomy_config(bundle.taxonomy),
         data=data,
-        # Whatever can be scored is scored; what cannot is named.
-        build=BuildConfig(max_refused=1.0),
+        # Whatever can be scored is scored; what cannot is named. One process: for a few posts, starting others would
+        # take longer than the work.
+        build=BuildConfig(num_workers=1, max_refused=1.0, splits={"posts": 1.0}),
     )
     source = _LabelsOptional(open_source(data, bundle.taxonomy, config.seed))
-    manifest = build_shards(config, shards_dir, quarantine, source=source)
+    return build_shards(config, shards_dir, quarantine, source=source)
+
+
+def _score(bundle: Bundle, manifest: Manifest, shards_dir: Path, quarantine: Path, batch_size: int) -> Predictions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     alone = Ranks(rank=0, local_rank=0, world_size=1, device=device)
     model = bundle.model.to(device)
@@ -73,7 +82,7 @@ def _score(bundle: Bundle, data: DataConfig, shards_dir: Path, quarantine: Path,
     parts = []
     for split in manifest.splits:
         reader = ShardReader(shards_dir, manifest, split)
-        rows = reader.readable_rows(0)
+        rows = np.arange(len(reader))
         parts.append(
             score_split(
                 model, bundle.encode, reader, rows, alone, batch_size, on_refused=refused.write, title="predict"

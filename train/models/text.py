@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Their position 0 comes after the id of the padding token, so that as many positions are lost.
-POSITIONS_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text", "luke")
+_AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text", "luke", "lilt", "xmod")
 
 
 class TextTower(Tower):
@@ -62,7 +62,7 @@ def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size:
             "use the encoder's own tokenizer, or leave vocab_size out of model.text.config"
         )
     positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions and any(name in encoder.config.model_type for name in POSITIONS_AFTER_PADDING):
+    if positions and any(name in encoder.config.model_type for name in _AFTER_PADDING):
         positions -= pad_id + 1
     if positions and positions < config.max_length:
         raise UserError(f"model.text.max_length={config.max_length}: the encoder has only {positions} positions")
