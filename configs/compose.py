@@ -62,9 +62,6 @@ def composition(argv: list[str]) -> Composition:
 def to_schema(plain: DictConfig) -> Config:
     """The typed configuration, every check of the schema passed."""
     try:
-        for group in ("taxonomy", "model"):
-            if OmegaConf.is_missing(plain, group):
-                raise UserError(f"{group}: not chosen; say {group}=NAME or set it in the recipe")
         config = OmegaConf.to_object(plain)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None

@@ -46,9 +46,10 @@ def trained(job: Job) -> Hashes:
 
 def report(job: Job) -> Hashes:
     """Figures and predictions."""
-    files = [job.run_dir / "report" / "metrics.json", *sorted((job.run_dir / "predictions").glob("*.parquet"))]
-    if not files[0].exists():
+    files = [job.run_dir / "report" / name for name in ("metrics.json", "report.html")]
+    if not all(file.exists() for file in files):
         return {}
+    files += sorted((job.run_dir / "predictions").glob("*.parquet"))
     return {file.relative_to(job.run_dir).as_posix(): _hash(file) for file in files}
 
 

@@ -13,24 +13,24 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+# One thread a process, as ranks have it: results then do not depend on the machine's cores. CUDA is hidden, since what
+# the tests compare was computed on CPU. The environment's programs come first: DeepSpeed builds its operator anew when
+# it finds another ninja than before.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "WANDB_MODE": "offline",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
 def run_command(line: list[str], cwd: Path, *, status: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command with this environment's programs first; by default it must succeed.
-
-    CUDA is hidden: what the tests compare was computed on CPU.
-    """
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "WANDB_MODE": "offline",
-    }
-    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    """Run a command; by default it must succeed."""
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=280)
     if status is not None:
         assert done.returncode == status, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done

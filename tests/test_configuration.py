@@ -21,6 +21,8 @@ from crossguard.configs.saved import as_plain, load_config, save_config
 from crossguard.configs.schema import Config
 
 RECIPE = """
+defaults:
+  - override /model: small
 description: posts in one language
 taxonomy:
   name: mine
@@ -126,10 +128,11 @@ def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
         ("train: {max_steps: many}\n", r"mine.yaml: .*max_steps.*'many'"),
         ("defaults:\n  - override /model: smal\n", r"model=smal: no such choice; did you mean 'small'\?"),
         (
-            "taxonomy: {policies: [{name: a}]}\nzero: {deepspeed: {optimiser: {}}}\n",
+            "defaults: [override /model: small]\ntaxonomy: {policies: [{name: a}]}\nzero: {deepspeed: {optimiser: {}}}\n",
             r"zero.deepspeed.optimiser: .*did you mean 'optimizer'\?",
         ),
-        ("train: {lr: 1}\n", r"taxonomy.policies: empty"),
+        ("defaults: [override /model: small]\ntrain: {lr: 1}\n", r"taxonomy.policies: empty"),
+        ("taxonomy: {policies: [{name: a}]}\n", r"model.text: set one of pretrained, config, build"),
     ],
 )
 def test_each_mistake_in_a_recipe_names_its_file_and_line(recipe: str, text: str, message: str) -> None:

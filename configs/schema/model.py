@@ -109,7 +109,8 @@ class ModelConfig:
             encoder = self.text if name == "text" else self.image
             if not (encoder.pretrained or encoder.config or encoder.build):
                 raise UserError(
-                    f"model.{name}: set one of pretrained, config, build, or leave '{name}' out of model.modalities"
+                    f"model.{name}: set one of pretrained, config, build, choose a preset with model=NAME,"
+                    f" or leave '{name}' out of model.modalities"
                 )
 
 
