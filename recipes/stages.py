@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crossguard.configs.saved import as_plain, fingerprint, select
+from crossguard.data.shards.files import write_atomic
 from crossguard.recipes import artefacts, work
 from crossguard.recipes.job import Job
 
@@ -124,6 +124,4 @@ def _read(file: Path) -> Any:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}.{os.getpid()}")
-    staged.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    staged.replace(file)
+    write_atomic(file, (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())

@@ -77,7 +77,7 @@ def make_run(config: Config) -> None:
         "order": {"manifest": manifest.sha256},
         "config": as_plain(config),
     }
-    checkpoint_folder.replace_text(staging / checkpoint_folder.STATE, json.dumps(state))
+    (staging / checkpoint_folder.STATE).write_text(json.dumps(state))
     entries = {file.name: checkpoint_folder.file_entry(file) for file in staging.iterdir()}
     checkpoint_folder.commit(staging, 3, entries, best=False)
 

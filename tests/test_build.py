@@ -284,7 +284,7 @@ def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
         ("writer.hex_keys", 3),  # a tar is begun
         ("writer.encode_index", 2),  # a tar is written, its index is not
         ("writer.asdict", 3),  # an index is written, its done-record is not
-        ("files.sync_folder", 2),  # a tar has just been renamed
+        ("files.sync", 2),  # a tar has just been renamed
         ("manifest.write_atomic", 1),  # every shard is done
     ):
         line = job(posts, tmp_path / "run", 1, f"crossguard.data.shards.{function}", str(call))

@@ -104,7 +104,7 @@ def test_another_model_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         staging = checkpoint_folder.open_staging(tmp_path, step)
-        checkpoint_folder.write_text(staging / "state.json", "{}")
+        (staging / "state.json").write_text("{}")
         entries = {"state.json": checkpoint_folder.file_entry(staging / "state.json")}
         checkpoint_folder.commit(staging, step, entries, best=step == 20)
         checkpoint_folder.prune(tmp_path, keep_last=1)

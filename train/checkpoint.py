@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crossguard.configs.errors import CrossguardError, JobError, UserError
+from crossguard.data.shards.files import sync, write_atomic
 from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.fragments import (
@@ -75,7 +75,7 @@ def save_checkpoint(
                 "model": model_fingerprint(engine.model),
                 "shapes": tensor_shapes(engine.model),
             }
-            folder.write_text(staging / folder.STATE, json.dumps(about | state))
+            write_atomic(staging / folder.STATE, json.dumps(about | state).encode())
             entries[folder.STATE] = folder.file_entry(staging / folder.STATE)
     except OSError as failed:
         error = JobError(f"{staging}: rank {ranks.rank} cannot save ({failed}); free space, then start again to resume")
@@ -173,8 +173,8 @@ def _write_rank(staging: Path, engine: Engine) -> dict[str, Any]:
         {f"{part.kind}:{part.start}:{part.name}": part.tensor.cpu().clone() for part in owned_fragments(engine)},
         fragments,
     )
-    _sync(fragments)
-    folder.write_text(staging / _random_name(rank), json.dumps(random_state()))
+    sync(fragments)
+    write_atomic(staging / _random_name(rank), json.dumps(random_state()).encode())
     return {file.name: folder.file_entry(file) for file in (fragments, staging / _random_name(rank))}
 
 
@@ -239,11 +239,3 @@ def _check_model(checkpoint: Path, state: dict[str, Any], engine: Engine) -> Non
 
 def _random_name(rank: int) -> str:
     return f"random-{rank:05d}.json"
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from crossguard.configs.errors import UserError
+from crossguard.data.shards.files import sync, write_atomic
 
 FORMAT = 1
 STAGING = ".staging-"
@@ -122,16 +122,17 @@ def remove_staging(run_dir: Path) -> None:
 def commit(staging: Path, step: int, files: dict[str, dict[str, Any]], *, best: bool) -> Path:
     """Write the manifest and move the complete folder into place; then point `latest`, and `best`, to it."""
     manifest = staging / MANIFEST
-    write_text(manifest, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1))
-    sync_folder(staging)
+    content = json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1)
+    write_atomic(manifest, content.encode())
+    sync(staging)
     folder = staging.parent
     final = folder / folder_name(step)
     if final.exists():  # The same step saved once more, after its checkpoint was left behind by an older run.
         shutil.rmtree(final)
     staging.rename(final)
-    sync_folder(folder)
+    sync(folder)
     for name in ("latest", "best") if best else ("latest",):
-        replace_text(folder / name, final.name)
+        write_atomic(folder / name, final.name.encode())
     return final
 
 
@@ -168,31 +169,6 @@ def digest(file: Path) -> str:
     """BLAKE2b (RFC 7693) of a file, 256 bits in hex."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with file.open("w") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old text or the new one."""
-    staging = file.with_name(f"{STAGING}{file.name}")
-    write_text(staging, text)
-    staging.rename(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _pointer(run_dir: Path, name: str) -> str | None:

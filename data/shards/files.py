@@ -27,7 +27,7 @@ def atomic_file(path: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_atomic(path: Path, data: bytes, staging: Path | None = None) -> None:
@@ -36,9 +36,9 @@ def write_atomic(path: Path, data: bytes, staging: Path | None = None) -> None:
         file.write(data)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config, ModelConfig
-from crossguard.data.shards.files import sync_folder
+from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_or_latest, load_weights
 from crossguard.train.checkpoint_folder import read_state, step_of
@@ -94,7 +94,7 @@ def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     (staging / CARD).write_text(model_card(config, run_dir, step_of(checkpoint)), encoding="utf-8")
     about = {"format": FORMAT, "lineage": _lineage(checkpoint), "files": _hashes(staging)}
     _write(staging / MANIFEST, about)
-    sync_folder(staging)
+    sync(staging)
 
 
 def load_bundle(folder: Path) -> Bundle:
