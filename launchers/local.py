@@ -18,6 +18,7 @@ def launch(arguments: list[str], num_procs: int, threads_per_proc: int | None) -
         Preempted: a rank ended with exit status 75.
         JobError: a rank ended in any other way.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -38,6 +39,9 @@ def launch(arguments: list[str], num_procs: int, threads_per_proc: int | None) -
     except ChildFailedError as error:
         statuses = {failure.exitcode for failure in error.failures.values()}
         raise _outcome(statuses, error) from None
+    except SignalException as error:
+        # The agent has passed the signal on to the ranks and waited for them.
+        raise JobError(f"stopped by {error.sigval.name}; start again and it goes on from the last checkpoint") from None
 
 
 def count_gpus() -> int:
