@@ -55,9 +55,9 @@ def type_of(path: str) -> Any:
 
 
 def is_free_form(path: str) -> bool:
-    """Whether the key at `path` lies inside a mapping whose names the schema leaves open."""
+    """Whether the key at `path` is, or lies inside, a mapping whose names the schema leaves open."""
     parts = path.split(".")
-    return any(typing.get_origin(type_of(".".join(parts[:count]))) is dict for count in range(1, len(parts)))
+    return any(typing.get_origin(type_of(".".join(parts[:count]))) is dict for count in range(1, len(parts) + 1))
 
 
 def accepts_text(path: str) -> bool:

@@ -86,6 +86,11 @@ def test_any_deepspeed_key_needs_no_plus(recipe: str) -> None:
     assert config.zero.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}}
 
 
+def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> None:
+    config = compose([recipe, "data.path=x", "data.options={split: train}", "data.columns.text=tweet"])
+    assert (config.data.options, config.data.columns) == ({"split": "train"}, {"text": "tweet"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
