@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from crossguard.configs import recipe_files
 from crossguard.configs.arguments import prepare, take
 from crossguard.configs.compose import compose
 from crossguard.configs.deepspeed_keys import snapshot
@@ -145,6 +146,23 @@ def test_each_mistake_in_a_recipe_names_its_file_and_line(recipe: str, text: str
     with pytest.raises(UserError, match=message) as caught:
         compose([recipe, "data.path=x"])
     assert "\n" not in str(caught.value)
+
+
+PACKAGE_RECIPES = sorted(file.stem for file in (recipe_files.PACKAGE / "recipe").glob("*.yaml"))
+PACKAGE_MODELS = sorted(file.stem for file in (recipe_files.PACKAGE / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PACKAGE_RECIPES)
+def test_every_recipe_of_the_package_composes_and_says_what_it_is(name: str) -> None:
+    config = compose([f"recipe={name}", "data.path=posts"])
+    assert config.recipe == name
+    assert config.description.endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGE_MODELS if name != "inline"])
+def test_every_model_of_the_package_composes(recipe: str, name: str) -> None:
+    Path("mine.yaml").write_text(RECIPE.replace("small", name))
+    assert compose([recipe, "data.path=posts"]).model.modalities
 
 
 def test_missing_recipe_and_missing_data(recipe: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,7 +34,10 @@ def load_encoder(name: str, role: Role) -> PreTrainedModel:
     key = f"model.{role}.pretrained={name}"
     try:
         config = _tower_config(AutoConfig.from_pretrained(name), role)
-        encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        with _quiet():
+            encoder, info = AutoModel.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise UserError(
             f"{key}: neither a folder with a model nor one that the hub has ({_first_line(error)})"
@@ -96,6 +101,22 @@ def _reads_by_name(config: PreTrainedConfig, name: str) -> bool:
     code takes them by their quoted name.
     """
     return any(f'"{name}"' in inspect.getsource(part) for part in type(config).__mro__ if part is not object)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own table of missing weights and its progress bar: what matters of it is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _tower_config(config: Any, role: Role) -> Any:
