@@ -69,7 +69,8 @@ def _accepted(argument: str) -> str:
     if argument.startswith("-"):
         raise UserError(f"{argument}: unknown option; settings are written key=value")
     if not equals:
-        raise UserError(f"{argument}: not key=value")
+        hint = f"; did you mean recipe={argument}?" if argument.endswith((".yaml", ".yml")) else ""
+        raise UserError(f"{argument}: not key=value{hint}")
     name = key.lstrip("+")
     if name in GROUPS:
         return f"{name}='{value.strip(chr(39) + chr(34))}'"

@@ -31,13 +31,20 @@ def check_owned(block: Mapping[str, Any]) -> None:
         UserError: names the key and crossguard's own key for it.
     """
     for name, instead in OWNED.items():
-        if _at(block, name) is not None:
+        if _holds(block, name):
             raise UserError(f"zero.deepspeed.{name}: crossguard sets it; use {instead}")
     for offload in ("offload_optimizer", "offload_param"):
         if _at(block, f"zero_optimization.{offload}.device") == "nvme":
             raise UserError(
                 f"zero.deepspeed.zero_optimization.{offload}.device=nvme: checkpoints cannot see state on NVMe; use cpu"
             )
+
+
+def _holds(block: Mapping[str, Any], path: str) -> bool:
+    """Whether the key at a dotted path is there, whatever its value."""
+    above, _, name = path.rpartition(".")
+    inside = _at(block, above) if above else block
+    return isinstance(inside, Mapping) and name in inside
 
 
 def _at(block: Mapping[str, Any], path: str) -> Any:

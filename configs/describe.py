@@ -11,13 +11,16 @@ from typing import Any
 import yaml
 
 from crossguard.configs.compose import Composition, composition, group_file
-from crossguard.configs.keys import describe_fields
+from crossguard.configs.keys import check_file_keys, describe_fields
 from crossguard.configs.recipe_files import available_recipes
 
 
 def recipe_sentences() -> dict[str, str]:
     """Name -> description of every recipe that can be named from here."""
-    return {name: str(_yaml(file).get("description", "")) for name, file in available_recipes().items()}
+    recipes = available_recipes()
+    for file in recipes.values():
+        check_file_keys(file)
+    return {name: str(_yaml(file).get("description", "")) for name, file in recipes.items()}
 
 
 def describe(argv: list[str]) -> str:

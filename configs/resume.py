@@ -7,6 +7,7 @@ from typing import Any
 
 from crossguard.configs.errors import UserError
 
+# Where a pretrained encoder lay does not matter any more: its weights are in the checkpoint.
 # Keys, or groups of keys, that decide neither the samples of a step nor what is done with them. Where posts and shards
 # lie may change because a run directory may be copied; their content is checked by the hash in the order's state.
 MAY_CHANGE = (
@@ -19,6 +20,8 @@ MAY_CHANGE = (
     "description",
     "evaluation",
     "launcher",
+    "model.image.pretrained",
+    "model.text.pretrained",
     "recipe",
     "run_dir",
     "tracker",
@@ -45,6 +48,19 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: s
             f"{run_dir}: has checkpoints of another configuration: {'; '.join(changed)}; "
             "restore it, choose another run_dir, or begin anew with train.restart=true"
         )
+
+
+def check_same_model(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
+    """Compare model and taxonomy of a checkpoint with those of the configuration that wants to use it.
+
+    Shapes alone would not show that two policies changed places, or that a text gets another prefix.
+
+    Raises:
+        UserError: names every key that differs.
+    """
+    changed = [line for line in changed_on_resume(saved, now) if line.startswith(("model.", "taxonomy."))]
+    if changed:
+        raise UserError(f"{checkpoint}: trained with another configuration: {'; '.join(changed)}; restore it")
 
 
 def changed_on_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,17 @@ from crossguard.configs.compose import to_schema
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 
+# Fields that may hold a path.
+PATHS = (
+    "run_dir",
+    "data.path",
+    "data.shards",
+    "data.media_dir",
+    "model.text.pretrained",
+    "model.text.tokenizer",
+    "model.image.pretrained",
+)
+
 
 def as_plain(config: Config) -> dict[str, Any]:
     """Nested dictionaries and lists, without any absolute path: those become relative to the working directory.
@@ -63,11 +74,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _relative(value: Any) -> Any:
+def _relative(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _relative(inner) for key, inner in value.items()}
+        return {name: _relative(inner, f"{key}.{name}" if key else name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_relative(inner) for inner in value]
-    if isinstance(value, str) and os.path.isabs(value):
+    if key in PATHS and isinstance(value, str) and os.path.isabs(value):
         return os.path.relpath(value)
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from crossguard.configs.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
@@ -18,13 +19,15 @@ def launch(arguments: list[str], num_procs: int, threads_per_proc: int | None) -
         Preempted: a rank ended with exit status 75.
         JobError: a rank ended in any other way.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["OMP_NUM_THREADS"] = str(threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs))
+    logs = tempfile.TemporaryDirectory(prefix="crossguard-")
     agent = LaunchConfig(
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
         run_id=f"crossguard-{os.getpid()}",
         min_nodes=1,
         max_nodes=1,
@@ -35,7 +38,8 @@ def launch(arguments: list[str], num_procs: int, threads_per_proc: int | None) -
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(agent, sys.executable)("-m", "crossguard.train", *arguments)
+        with logs:
+            elastic_launch(agent, sys.executable)("-m", "crossguard.train", *arguments)
     except ChildFailedError as error:
         statuses = {failure.exitcode for failure in error.failures.values()}
         raise _outcome(statuses, error) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from crossguard.configs.errors import UserError
 from crossguard.recipes.job import Job
+from crossguard.train.checkpoint_folder import MANIFEST, best_checkpoint, latest_checkpoint
 
 Hashes = dict[str, str]
 
@@ -66,13 +67,8 @@ def bundle(job: Job) -> Hashes:
 
 
 def _checkpoint(run_dir: Path) -> Hashes:
-    hashes = {}
-    for pointer in ("latest", "best"):
-        file = run_dir / "checkpoints" / pointer
-        if file.exists():
-            name = file.read_text().strip()
-            hashes[pointer] = f"{name}:{_hash(run_dir / 'checkpoints' / name / 'manifest.json')}"
-    return hashes
+    found = {"latest": latest_checkpoint(run_dir), "best": best_checkpoint(run_dir)}
+    return {name: f"{path.name}:{_hash(path / MANIFEST)}" for name, path in found.items() if path is not None}
 
 
 def _hash(file: Path) -> str:

@@ -10,12 +10,14 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import one_of
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
+from crossguard.recipes.work import check_ranks
 
 
 def run(argv: list[str]) -> None:
     """All stages of the recipe, its ablations included."""
     job = Job.from_arguments(argv)
     ablations = job.ablations()
+    check_ranks(job)
     if job.has_posts or not job.has_shards:
         _do(BUILD, job)
     _do(TRAIN, job)

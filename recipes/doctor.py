@@ -129,6 +129,7 @@ def _disk(directory: Path) -> Finding:
 
 
 def _tracking() -> Finding:
-    if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file():
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "api.wandb.ai" in netrc.read_text()):
         return Finding("W&B: an API key is set")
     return Finding("W&B: no API key, runs are kept offline in run_dir/wandb (`wandb sync` sends them)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,9 +40,11 @@ def _settings(argv: list[str]) -> tuple[DataConfig, EvaluationConfig]:
         if override.partition(".")[0] not in GROUPS:
             raise UserError(f"{override}: predict takes bundle=, output=, data.* and evaluation.batch_size=")
     schema = OmegaConf.create({name: OmegaConf.structured(group) for name, group in GROUPS.items()})
+    parser = OverridesParser.create()
     try:
-        settings = OmegaConf.merge(schema, OmegaConf.from_dotlist(overrides))
-        data, evaluation = OmegaConf.to_object(settings.data), OmegaConf.to_object(settings.evaluation)
+        for parsed in parser.parse_overrides(overrides):
+            OmegaConf.update(schema, parsed.key_or_group, parsed.value(), force_add=True)
+        data, evaluation = OmegaConf.to_object(schema.data), OmegaConf.to_object(schema.evaluation)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(data, DataConfig)

@@ -83,14 +83,19 @@ TRAIN = Stage(
 )
 EVALUATE = Stage(
     "evaluate",
-    ("evaluation.splits", "evaluation.min_positives", "evaluation.metrics", "evaluation.references"),
+    (
+        "taxonomy",
+        "model",
+        "evaluation.splits",
+        "evaluation.min_positives",
+        "evaluation.metrics",
+        "evaluation.references",
+    ),
     artefacts.trained,
     artefacts.report,
     work.evaluate,
 )
-EXPORT = Stage("export", (), artefacts.evaluated, artefacts.bundle, work.export)
-
-STAGES = {stage.name: stage for stage in (BUILD, TRAIN, EVALUATE, EXPORT)}
+EXPORT = Stage("export", ("taxonomy", "model", "description"), artefacts.evaluated, artefacts.bundle, work.export)
 
 
 def run_stage(stage: Stage, job: Job) -> bool:
@@ -105,8 +110,8 @@ def run_stage(stage: Stage, job: Job) -> bool:
     if outputs and not job.config.train.restart and _read(record_file) == {**record, "outputs": outputs}:
         return False
     stage.work(job)
-    # Taken again: a source or a seed may have been touched by the work itself (a first build makes the manifest).
-    _write(record_file, {**_record(stage, job), "outputs": stage.outputs(job)})
+    # With the inputs as they were before: what changed while the work went on is work for the next run.
+    _write(record_file, {**record, "outputs": stage.outputs(job)})
     return True
 
 

@@ -17,12 +17,16 @@ def build(job: Job) -> None:
     manifest = build_shards(job.config, job.shards_dir, job.run_dir / "quarantine.jsonl")
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
     print(f"build: {counts} posts in {len(manifest.shards)} shards -> {job.shards_dir}", flush=True)
+    left_out = {**manifest.left_out, "missing or corrupt media, see quarantine.jsonl": manifest.refused}
+    if any(left_out.values()):
+        named = ", ".join(f"{count:,} ({rule})" for rule, count in left_out.items() if count)
+        print(f"build: left out: {named}", flush=True)
 
 
 def train(job: Job) -> None:
     """Train on the ranks of the launcher; goes on by itself where a run directory has checkpoints."""
     _need_shards(job)
-    _check_ranks(job)
+    check_ranks(job)
     launch(["stage=train", *job.arguments], job.config.launcher)
 
 
@@ -42,7 +46,7 @@ def export(job: Job) -> None:
     print(f"export: bundle -> {write_bundle(job.config, job.run_dir)}", flush=True)
 
 
-def _check_ranks(job: Job) -> None:
+def check_ranks(job: Job) -> None:
     """What the ranks would refuse, before any of them starts."""
     from crossguard.data.loading.order import micro_batches
 
@@ -59,7 +63,7 @@ def _need_shards(job: Job) -> None:
 
 
 def _need_checkpoint(job: Job, stage: str) -> None:
-    if not (job.run_dir / "checkpoints" / "latest").exists():
+    if latest_checkpoint(job.run_dir) is None:
         raise UserError(
             f"{job.run_dir}: no checkpoint to {stage}; run `crossguard train` with the same arguments first"
         )

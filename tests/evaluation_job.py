@@ -49,6 +49,7 @@ def make_config(posts: Path, run_dir: Path, **groups: Any) -> Config:
         build=BuildConfig(num_workers=1, samples_per_shard=30),
         model=MODEL,
         evaluation=evaluation,
+        ablations={"text_only": ["model.modalities=[text]"], "never_trained": ["model.modalities=[image]"]},
     )
     config.train.num_workers = 0
     return replace(config, **groups)

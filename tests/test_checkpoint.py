@@ -140,3 +140,20 @@ def assert_equal(one: dict[tuple[str, str], torch.Tensor], other: dict[tuple[str
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         assert torch.equal(tensor, other[key]), key
+
+
+def test_pointers_are_mended_after_a_kill_between_the_folder_and_its_name(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        staging = checkpoint_folder.open_staging(tmp_path, step)
+        (staging / "state.json").write_text("{}")
+        entries = {"state.json": checkpoint_folder.file_entry(staging / "state.json")}
+        checkpoint_folder.commit(staging, step, entries, best=step != 30)
+    folder = tmp_path / "checkpoints"
+    for name in ("latest", "best"):
+        (folder / name).write_text("step-00000010")
+    checkpoint_folder.point(tmp_path)
+    assert [(folder / name).read_text() for name in ("latest", "best")] == ["step-00000030", "step-00000020"]
+    # Removing a damaged checkpoint, as its error says, leaves the one before it.
+    shutil.rmtree(folder / "step-00000030")
+    checkpoint_folder.point(tmp_path)
+    assert (folder / "latest").read_text() == "step-00000020"

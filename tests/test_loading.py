@@ -29,7 +29,6 @@ from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.loader import EvalLoader, TrainLoader
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.plan import plan_training
-from crossguard.data.loading.preview import preview
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.shards.build import build_shards
 from crossguard.data.shards.manifest import Manifest
@@ -39,8 +38,9 @@ from crossguard.train.encode import PostEncoder
 POSTS = 60
 BATCH = 8
 BEFORE_EXPIRY = 946_684_800.0  # 2000-01-01
-# Posts that end here were built in time and have expired since.
-EXPIRED = "2001-01-01T00:00:00Z"
+# Posts that end here were built in time, and have expired at a later reading.
+EXPIRES = "2100-01-01T00:00:00Z"
+AFTER_EXPIRY = 4_200_000_000.0  # 2103
 
 
 @dataclass
@@ -74,7 +74,7 @@ def write_posts(folder: Path) -> dict[str, dict[str, Any]]:
         if images:
             post["images"] = images
         if number in (7, 8):
-            post["expires_at"] = EXPIRED
+            post["expires_at"] = EXPIRES
         posts[post["id"]] = post
     (folder / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts.values()))
     return posts
@@ -305,15 +305,27 @@ def test_token_lengths_are_kept_until_something_changes(shards: Shards, tmp_path
 
 
 def test_what_expired_since_the_build_is_not_read(shards: Shards, tmp_path: Path) -> None:
-    reader, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder(), time.time())
-    gone = {reader.read(int(row)).id for row in reader.expired_rows(time.time())}
+    reader, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder(), AFTER_EXPIRY)
+    gone = {reader.read(int(row)).id for row in reader.expired_rows(AFTER_EXPIRY)}
     assert gone == {"p.7/ü", "p.8/ü"}
     delivered = ids_of(deliver(shards, order))
     assert not gone & {id for step in delivered for id in step}
-    assert [preview(shards.config, shards.folder, tmp_path, step, shards.encoder()) for step in (1, 20)] == [
-        delivered[0],
-        delivered[19],
-    ]
+
+
+def test_what_expires_during_a_job_is_redirected_and_named(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder(), BEFORE_EXPIRY)
+    planned = ids_of(deliver(shards, order))
+    gone = {"p.7/ü", "p.8/ü"}
+    assert gone & {id for step in planned for id in step}
+    monkeypatch.setattr("crossguard.data.loading.loader.time.time", lambda: AFTER_EXPIRY)
+    refused: list[dict[str, Any]] = []
+    delivered = ids_of(deliver(shards, order, on_refused=refused.append))
+    assert [len(step) for step in delivered] == [len(step) for step in planned]
+    assert not gone & {id for step in delivered for id in step}
+    assert {line["id"] for line in refused} == gone
+    assert {line["reason"] for line in refused} == {"expired"}
 
 
 READ_FOREVER = """

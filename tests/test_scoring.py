@@ -174,7 +174,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error(config: Config, tmp_path: P
     with pytest.raises(UserError, match="no split 'tset' in the shards; did you mean 'test'"):
         run_evaluation(replace(config, evaluation=evaluation), ALONE)
     wider = replace(config.model, fusion=replace(config.model.fusion, width=32))
-    with pytest.raises(UserError, match="weights of another model"):
+    with pytest.raises(UserError, match="trained with another configuration: model.fusion.width: was 16, is now 32"):
         run_evaluation(replace(config, model=wider), ALONE)
     data = replace(config.data, shards=str(Path(config.run_dir) / "shards"))
     with pytest.raises(UserError, match="no checkpoint"):

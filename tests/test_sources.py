@@ -239,7 +239,7 @@ def test_a_folder_of_data_files_is_loaded_as_a_dataset(tmp_path: Path, monkeypat
     folder = tmp_path / "files"
     folder.mkdir()
     jsonl(folder / "train.jsonl", {"id": "a", "text": "eins", "labels": {"hate": 1.0, "spam": None}})
-    assert posts(source("hf", folder)) == [Post("a", text="eins", labels={"hate": 1.0}, split="train")]
+    assert posts(source("hf", folder)) == [Post("a", text="eins", labels={"hate": 1.0})]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded"):
         source("hf", tmp_path / "empty")

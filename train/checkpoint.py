@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from crossguard.configs.errors import CrossguardError, JobError, UserError
@@ -77,7 +77,7 @@ def save_checkpoint(
             }
             write_atomic(staging / folder.STATE, json.dumps(about | state).encode())
             entries[folder.STATE] = folder.file_entry(staging / folder.STATE)
-    except OSError as failed:
+    except (OSError, SafetensorError) as failed:
         error = JobError(f"{staging}: rank {ranks.rank} cannot save ({failed}); free space, then start again to resume")
     everyone = ranks.gather((error, entries))
     failures = [failure for failure, _ in everyone if failure is not None]
@@ -132,6 +132,8 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
             seed_rank(seed + state["step"], ranks.rank)
     except (CrossguardError, OSError) as failed:
         error = failed
+    except SafetensorError as failed:
+        error = UserError(f"{checkpoint}: unreadable ({failed}); remove this checkpoint to use an older one")
     ranks.agree(error)
     set_optimizer_steps(engine, state["optimizer_steps"])
     refresh_weights(engine)

@@ -89,16 +89,17 @@ def verify(checkpoint: Path) -> None:
         UserError: names the first file that is missing, truncated or altered.
     """
     try:
-        files: dict[str, dict[str, Any]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = {name: (int(entry["size"]), str(entry["blake2b"])) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint / MANIFEST}: unreadable ({error}); {_REMEDY}") from None
-    for name, expected in files.items():
+    for name, (size, content) in files.items():
         file = checkpoint / name
         if not file.is_file():
             raise UserError(f"{file}: missing; {_REMEDY}")
-        if file.stat().st_size != expected["size"]:
-            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['size']}; {_REMEDY}")
-        if digest(file) != expected["blake2b"]:
+        if file.stat().st_size != size:
+            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {size}; {_REMEDY}")
+        if digest(file) != content:
             raise UserError(f"{file}: its content is not what the manifest says; {_REMEDY}")
 
 
@@ -122,7 +123,7 @@ def remove_staging(run_dir: Path) -> None:
 def commit(staging: Path, step: int, files: dict[str, dict[str, Any]], *, best: bool) -> Path:
     """Write the manifest and move the complete folder into place; then point `latest`, and `best`, to it."""
     manifest = staging / MANIFEST
-    content = json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1)
+    content = json.dumps({"format": FORMAT, "best": best, "files": dict(sorted(files.items()))}, indent=1)
     write_atomic(manifest, content.encode())
     sync(staging)
     folder = staging.parent
@@ -131,9 +132,30 @@ def commit(staging: Path, step: int, files: dict[str, dict[str, Any]], *, best: 
         shutil.rmtree(final)
     staging.rename(final)
     sync(folder)
-    for name in ("latest", "best") if best else ("latest",):
-        write_atomic(folder / name, final.name.encode())
+    point(folder.parent)
     return final
+
+
+def point(run_dir: Path) -> None:
+    """Make `latest` and `best` name the newest checkpoint and the newest of those that were the best when saved.
+
+    Done after every save, and at every start for a save that was killed before it came to this.
+    """
+    complete = checkpoints_of(run_dir)
+    best = [path for path in complete if _was_best(path)]
+    for name, found in (("latest", complete), ("best", best)):
+        pointer = run_dir / "checkpoints" / name
+        if not found:
+            pointer.unlink(missing_ok=True)
+        elif _pointer(run_dir, name) != found[-1].name:
+            write_atomic(pointer, found[-1].name.encode())
+
+
+def _was_best(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text()).get("best") is True
+    except (ValueError, AttributeError):
+        return False  # Damaged: whoever loads it is told.
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -157,7 +179,7 @@ def move_aside(run_dir: Path) -> None:
             (run_dir / name).rename(run_dir / f"{name}.moved-{number}")
 
 
-_MOVED = ("checkpoints", "metrics.jsonl", "samples")
+_MOVED = ("checkpoints", "metrics.jsonl", "samples", "wandb")
 
 
 def file_entry(file: Path) -> dict[str, Any]:

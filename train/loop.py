@@ -139,9 +139,9 @@ class TrainLoop:
         state, wanted = self.state, self.config.checkpoint
         if state.best_metric != wanted.metric:  # Values of another metric say nothing about this one.
             state.best, state.best_metric, state.evaluations_without_better = None, wanted.metric, 0
-        better = value is not None and (
-            state.best is None or (value > state.best if wanted.mode == "max" else value < state.best)
-        )
+        if value is None:  # Not defined on these posts: neither better nor worse.
+            return False
+        better = state.best is None or (value > state.best if wanted.mode == "max" else value < state.best)
         state.best = value if better else state.best
         state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
         return better

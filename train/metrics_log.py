@@ -45,7 +45,8 @@ def samples_file(run_dir: Path, rank: int) -> Path:
 
 def cut_after(run_dir: Path, step: int) -> None:
     """Remove the lines of steps after `step` (the restored one): they will be written again, each step stands once."""
-    for file in (metrics_file(run_dir), *sorted((run_dir / "samples").glob("rank-*.jsonl"))):
+    files = (metrics_file(run_dir), run_dir / "quarantine.jsonl", *sorted((run_dir / "samples").glob("rank-*.jsonl")))
+    for file in files:
         if file.is_file():
             _cut(file, step)
 
@@ -65,6 +66,7 @@ def _cut(file: Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     """A line that a killed process left half-written is later than any step."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
+        # A post that the build or an evaluation refused has no step, and stays.
+        return int(json.loads(line).get("step", 0)) if line.endswith(b"\n") else float("inf")
+    except (ValueError, AttributeError, TypeError):
         return float("inf")

@@ -65,6 +65,11 @@ def run_training(config: Config, ranks: Ranks) -> None:
         if state.step >= last_step or out_of_patience(state, config):
             ranks.say(f"train: done before, at step {state.step}")
             return
+        if last_step > state.schedule_steps:
+            ranks.say(
+                f"train: the learning rate stays at its end after step {state.schedule_steps} (train.schedule_steps of"
+                " the first start does not move on resume); to extend a schedule, set it before the first start"
+            )
         engine = _open_engine(config, ranks, inputs, checkpoint)
         ranks.on_first(lambda: _open_run_dir(run_dir, config, state.step))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
@@ -157,6 +162,7 @@ def _clean(run_dir: Path, config: Config) -> None:
     if config.train.restart:
         checkpoint_folder.move_aside(run_dir)
     checkpoint_folder.remove_staging(run_dir)
+    checkpoint_folder.point(run_dir)
 
 
 def _open_run_dir(run_dir: Path, config: Config, step: int) -> None:

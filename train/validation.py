@@ -45,6 +45,13 @@ def open_validation(
     now = engine.ranks.broadcast(time.time())  # One clock decides which posts have expired.
     rows = reader.readable_rows(now)[: config.evaluation.max_validation_posts]
 
+    named: set[str] = set()
+
+    def refuse_once(line: dict[str, Any]) -> None:
+        if (name := str(line.get("id") or line.get("key"))) not in named:
+            named.add(name)
+            on_refused(line)
+
     def validate(step: int) -> float | None:
         predictions = score_split(
             engine.deepspeed,
@@ -54,11 +61,12 @@ def open_validation(
             engine.ranks,
             config.evaluation.batch_size,
             num_workers=config.train.num_workers,
-            on_refused=on_refused,
+            on_refused=refuse_once,
         )
         metrics = evaluate_predictions(predictions, config.evaluation)
         log.evaluation(SPLIT, step, _short(metrics))
-        value = flat(metrics).get(config.checkpoint.metric)
+        # A metric of the user's own may draw random numbers: rank 0's value decides for all.
+        value = engine.ranks.broadcast(flat(metrics).get(config.checkpoint.metric))
         if value is None:
             logger.warning("step %d: validation does not define %s", step, config.checkpoint.metric)
             engine.ranks.say(

@@ -9,8 +9,9 @@ from omegaconf import MISSING
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.build import BuildConfig
 from crossguard.configs.schema.checkpoint import CheckpointConfig
+from crossguard.configs.schema.checks import at_least
 from crossguard.configs.schema.data import DataConfig
-from crossguard.configs.schema.evaluation import EvaluationConfig
+from crossguard.configs.schema.evaluation import EvaluationConfig, check_metric
 from crossguard.configs.schema.launcher import LauncherConfig
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.schema.taxonomy import TaxonomyConfig
@@ -55,6 +56,10 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        check_metric(
+            self.checkpoint.metric, [policy.name for policy in self.taxonomy.policies], self.evaluation.metrics
+        )
         if self.train.patience and not self.evaluation.every_steps:
             raise UserError("train.patience: needs evaluation.every_steps above 0")
         if self.data.source != "synthetic" and not self.data.path and not self.data.shards:

@@ -10,7 +10,7 @@ from crossguard.configs.suggest import allowed
 
 def at_least(key: str, value: float | None, minimum: float) -> None:
     """`value` is None or not below `minimum`."""
-    if value is not None and value < minimum:
+    if value is not None and not value >= minimum:
         raise UserError(f"{key}={value}: must be at least {minimum}")
 
 

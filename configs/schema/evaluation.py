@@ -8,6 +8,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import at_least, one_of
 
 REFERENCES = ("tfidf_logistic_regression",)
+METRICS = ("average_precision", "auroc", "recall_at_precision_90")
 
 
 @dataclass
@@ -39,3 +40,24 @@ class EvaluationConfig:
         for name in self.metrics:
             if ":" not in name:
                 raise UserError(f"evaluation.metrics: '{name}': write module:function")
+
+
+def check_metric(path: str, policies: list[str], own: list[str]) -> None:
+    """Whether `checkpoint.metric` can name a number of an evaluation.
+
+    Args:
+        path: macro.METRIC, macro_policy_language.METRIC, policies.POLICY.all.METRIC or
+            policies.POLICY.by_language.LANGUAGE.METRIC.
+        policies: the taxonomy's.
+        own: the user's metrics, `module:function`.
+    """
+    start, _, metric = path.rpartition(".")
+    parts = start.split(".")
+    one_of("checkpoint.metric", metric, (*METRICS, *(spec.partition(":")[2] for spec in own)))
+    if start not in ("macro", "macro_policy_language"):
+        if parts[0] != "policies" or len(parts) < 3 or not (parts[2:] == ["all"] or parts[2] == "by_language"):
+            raise UserError(
+                f"checkpoint.metric={path}: write macro.METRIC, macro_policy_language.METRIC,"
+                " policies.POLICY.all.METRIC or policies.POLICY.by_language.LANGUAGE.METRIC"
+            )
+        one_of(f"checkpoint.metric={path}: policy", parts[1], policies)

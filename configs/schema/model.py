@@ -79,6 +79,8 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         at_least("model.fusion.layers", self.layers, 0)
+        at_least("model.fusion.width", self.width, 1)
+        at_least("model.fusion.heads", self.heads, 1)
         within("model.fusion.dropout", self.dropout, 0, 1)
         if self.width % self.heads:
             raise UserError(f"model.fusion.heads={self.heads}: must divide model.fusion.width={self.width}")
@@ -117,4 +119,4 @@ class ModelConfig:
 def _at_most_one_kind(key: str, encoder: TextEncoderConfig | ImageEncoderConfig) -> None:
     given = [f"{key}.{name}" for name in ("pretrained", "config", "build") if getattr(encoder, name)]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: set only one of them")
+        raise UserError(f"{' and '.join(given)}: set only one of them (model=inline starts without a preset's)")

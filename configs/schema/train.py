@@ -59,7 +59,7 @@ class TrainConfig:
     warmup_steps: int = 50
     # Learning rate at the end of the cosine, as a share of the peak.
     min_lr_ratio: float = 0.0
-    # Horizon of the cosine; by default the first max_steps. It does not move on resume.
+    # Horizon of the cosine; by default the last step that the first start would reach. It does not move on resume.
     schedule_steps: int | None = None
     # Largest norm of the gradient; 0 switches clipping off.
     grad_clip: float = 1.0
@@ -90,9 +90,9 @@ class TrainConfig:
         within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         within("train.layer_decay", self.layer_decay, 0, 1)
         one_of("train.precision", self.precision, PRECISIONS)
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise UserError(f"train.lr={self.lr}: must be above 0")
-        if self.max_epochs is not None and self.max_epochs <= 0:
+        if self.max_epochs is not None and not self.max_epochs > 0:
             raise UserError(f"train.max_epochs={self.max_epochs}: must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas={self.betas}: two numbers in [0, 1)")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from crossguard.data.records import Post, epoch_seconds
 
 RESTRICTED, NO_CONSENT, EXPIRED = "restricted", "no_consent", "expired"
@@ -17,10 +20,19 @@ def left_out_by(post: Post, now: float) -> str | None:
         post: a valid post.
         now: seconds since 1970.
     """
-    if post.restricted:
+    return _rule(post.restricted, post.consent, post.expires_at, now)
+
+
+def refused_at_read(fields: Mapping[str, Any], now: float) -> str | None:
+    """The same rules once more when a post is read from a shard, from its fields as they stand there."""
+    return _rule(bool(fields.get("restricted")), fields.get("consent"), fields.get("expires_at"), now)
+
+
+def _rule(restricted: bool, consent: bool | None, expires_at: str | None, now: float) -> str | None:
+    if restricted:
         return RESTRICTED
-    if post.consent is False:
+    if consent is False:
         return NO_CONSENT
-    if post.expires_at is not None and epoch_seconds(post.expires_at) <= now:
+    if expires_at is not None and epoch_seconds(expires_at) <= now:
         return EXPIRED
     return None

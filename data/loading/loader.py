@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from crossguard.configs.errors import CrossguardError, JobError
+from crossguard.data.curation.governance import refused_at_read
 from crossguard.data.loading.collate import Batch, Encode, EncodedSample, collate
 from crossguard.data.loading.decode import MediaError
 from crossguard.data.loading.order import Redirects, SampleOrder, micro_batches
@@ -108,10 +110,15 @@ class BatchMaker:
         except SampleError as error:
             name, reason = {"key": error.key}, error.reason
         else:
-            try:
-                return self.encode(raw)
-            except MediaError as error:
-                name, reason = {"id": raw.id}, str(error)
+            name = {"id": raw.id}
+            # Again at every reading: a job may run for weeks, and shards may come from elsewhere.
+            rule = refused_at_read(raw.post, time.time())
+            if rule is None:
+                try:
+                    return self.encode(raw)
+                except MediaError as error:
+                    rule = str(error)
+            reason = rule
         refused.append({**name, "split": self.reader.split, "stage": stage, **place, "reason": reason})
         return None
 

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from crossguard.configs.errors import JobError, UserError
+from crossguard.data.shards.files import pread
 from crossguard.data.shards.index import INDEX_DTYPE, TEXT, hex_keys, read_index
 from crossguard.data.shards.manifest import Manifest, ShardInfo
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -174,7 +175,7 @@ class ShardReader:
             self._files.move_to_end(shard)
             if len(self._files) > MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)
-            return os.pread(self._files[shard].descriptor, size, offset)
+            return pread(self._files[shard].descriptor, offset, size)
         except FileNotFoundError:
             raise UserError(f"{path}: the shard is missing; restore it, or build the shards again") from None
         except OSError as error:

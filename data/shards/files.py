@@ -17,7 +17,7 @@ def atomic_file(path: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
         path: where the file belongs.
         staging: folder on the same file system for the temporary file; by default the file's own.
     """
-    temporary = (staging or path.parent) / f".{path.name}.tmp"
+    temporary = (staging or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
             yield file
@@ -34,6 +34,17 @@ def write_atomic(path: Path, data: bytes, staging: Path | None = None) -> None:
     """Write a whole file by `atomic_file`."""
     with atomic_file(path, staging) as file:
         file.write(data)
+
+
+def pread(descriptor: int, offset: int, size: int) -> bytes:
+    """A range of an open file, or less where the file ends."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # One call returns at most 2 GiB.
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def sync(path: Path) -> None:

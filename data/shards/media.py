@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp"))
@@ -45,7 +46,10 @@ def read_file(path: Path) -> bytes:
         RefusedMedia: it is missing, empty, no regular file, or larger than a tar member can be.
     """
     try:
-        if path.stat().st_size > MAX_MEMBER_BYTES:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise RefusedMedia("no regular file")
+        if about.st_size > MAX_MEMBER_BYTES:
             raise RefusedMedia("larger than 8 GiB")
         data = path.read_bytes()
     except OSError as error:

@@ -17,6 +17,7 @@ import numpy as np
 
 from crossguard.configs.errors import JobError
 from crossguard.data.records import Media, Post, canonical_json, epoch_seconds, post_key
+from crossguard.data.shards.files import pread
 from crossguard.data.shards.index import AUDIO, IMAGE, TEXT, VIDEO
 
 FILE_NAME = "spool.bin"
@@ -152,14 +153,11 @@ class SpoolReader:
 
     def bytes_at(self, offset: int, size: int) -> bytes:
         """A range of the spool."""
-        data = os.pread(self._descriptor, size, offset)
-        while len(data) < size:  # one call returns at most 2 GiB
-            more = os.pread(self._descriptor, size - len(data), offset + len(data))
-            if not more:
-                raise JobError(
-                    f"build: {FILE_NAME} is cut short; remove the folder .build beside the shards and start again"
-                )
-            data += more
+        data = pread(self._descriptor, offset, size)
+        if len(data) < size:
+            raise JobError(
+                f"build: {FILE_NAME} is cut short; remove the folder .build beside the shards and start again"
+            )
         return data
 
 

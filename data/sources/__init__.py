@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from crossguard.configs.errors import UserError
 from crossguard.configs.own_parts import load_own
 from crossguard.configs.schema.data import DataConfig
 from crossguard.data.sources.base import Record, Source
@@ -29,7 +30,12 @@ def open_source(config: DataConfig, taxonomy: Taxonomy, seed: int) -> Source:
         source = getattr(module, _BUILT_IN[config.source])
     else:
         source = load_own(config.source, "data.source")
-    opened: Source = source(config, taxonomy, seed)
+    try:
+        opened: Source = source(config, taxonomy, seed)
+    except TypeError as error:
+        raise UserError(
+            f"data.source={config.source}: cannot be constructed with (config, taxonomy, seed): {error}"
+        ) from error
     return opened
 
 

@@ -31,6 +31,8 @@ class HuggingFaceSource:
             raise UserError("data.path: not set; write data.path=DATASET_ID or the folder of a dataset")
         self.columns = Columns(config.columns, taxonomy)
         self.splits = _chosen(_load(config), config.options.get("split"))
+        # A dataset of one part has no splits of its own: its posts are assigned by hash, like any others.
+        self.has_splits = len(self.splits) > 1 or "split" in config.options
         folder = Path(config.path)
         self.media_root = Path(config.media_dir) if config.media_dir else folder if folder.is_dir() else None
 
@@ -42,7 +44,8 @@ class HuggingFaceSource:
                 raw = self.columns.read(row, targets)
                 if "id" not in targets:
                     raw["id"] = f"{name}-{number}"
-                raw.setdefault("split", split)
+                if self.has_splits:
+                    raw.setdefault("split", split)
                 yield Record(f"{name}:{number}", raw, None, self.media_root)
 
     def fingerprint(self) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.saved import load_config
+from crossguard.configs.resume import check_same_model
+from crossguard.configs.saved import as_plain, load_config
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.loading.reader import ShardReader
@@ -20,7 +21,7 @@ from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_or_latest, load_weights
-from crossguard.train.checkpoint_folder import checkpoints_of, step_of
+from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.metrics import evaluate_predictions
 from crossguard.train.evaluation.predictions import Predictions
@@ -61,10 +62,12 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
     """
     run_dir = Path(config.run_dir)
     with run_lock(run_dir, ranks):
+        checkpoint = best_or_latest(run_dir)
+        check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
         posts = _open_posts(config, run_dir, ranks)
         scored = {MODEL: _score(run_dir, config.model, config, posts, ranks)}
         ablations = ranks.on_first(
-            lambda: [path for path in sorted((run_dir / "ablations").glob("*")) if checkpoints_of(path)]
+            lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
         for folder in ablations:
             model = load_config(folder / "config.yaml").model

@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file, save_file
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.resume import check_same_model
+from crossguard.configs.saved import as_plain
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
@@ -82,6 +84,7 @@ def write_bundle(config: Config, run_dir: Path) -> Path:
 def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     encode = PostEncoder(config.model, Taxonomy.from_config(config.taxonomy))
     checkpoint = best_or_latest(run_dir)
+    check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
     weights = load_weights(checkpoint)
     model = load_trained(config.model, encode, weights, checkpoint)
     # Weights that two names share are stored under both: safetensors refuses shared memory.

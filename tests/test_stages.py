@@ -1,0 +1,66 @@
+"""When a stage runs again, with small stages in place of the real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from crossguard.recipes.job import Job
+from crossguard.recipes.stages import Stage, run_stage
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.chdir(tmp_path)
+    return Job.from_arguments(["recipe=quickstart"])
+
+
+class Copying:
+    """A stage that copies one number to another; both stand for artefacts."""
+
+    def __init__(self) -> None:
+        self.read, self.written, self.runs = 1, 0, 0
+        self.stage = Stage("copy", ("seed",), self.inputs, self.outputs, self.work)
+
+    def inputs(self, job: Job) -> dict[str, str]:
+        return {"number": str(self.read)}
+
+    def outputs(self, job: Job) -> dict[str, str]:
+        return {"copy": str(self.written)} if self.written else {}
+
+    def work(self, job: Job) -> None:
+        self.runs += 1
+        self.written = self.read
+
+
+def test_a_stage_is_skipped_until_what_it_reads_or_wrote_changes(job: Job) -> None:
+    copying = Copying()
+    assert run_stage(copying.stage, job)
+    assert not run_stage(copying.stage, job)
+    copying.read = 2
+    assert run_stage(copying.stage, job)
+    copying.written = 0
+    assert run_stage(copying.stage, job)
+    assert copying.runs == 3
+
+
+def test_a_stage_runs_again_for_another_configuration_but_not_for_other_ranks(job: Job) -> None:
+    copying = Copying()
+    run_stage(copying.stage, job)
+    assert not run_stage(copying.stage, Job.from_arguments(["recipe=quickstart", "launcher.num_procs=1"]))
+    assert run_stage(copying.stage, Job.from_arguments(["recipe=quickstart", "seed=1"]))
+
+
+def test_what_arrives_while_a_stage_works_is_work_for_the_next_run(job: Job) -> None:
+    class Late(Copying):
+        def work(self, job: Job) -> None:
+            super().work(job)
+            if self.runs == 1:
+                self.read = 2
+
+    copying = Late()
+    assert run_stage(copying.stage, job)
+    assert run_stage(copying.stage, job)
+    assert copying.written == 2
+    assert not run_stage(copying.stage, job)
