@@ -31,7 +31,7 @@ class UnknownKey(Exception):
 
     def explain(self) -> str:
         """What is wrong and the nearest valid name, for the end of a line."""
-        return f"{self.path}: unknown key '{self.name}'; {did_you_mean(self.name, self.valid)}"
+        return f"unknown key '{self.name}'; {did_you_mean(self.name, self.valid)}"
 
 
 def type_of(path: str) -> Any:
@@ -91,7 +91,7 @@ def check_file_keys(file: Path, prefix: str = "") -> None:
         try:
             type_of(path)
         except UnknownKey as unknown:
-            raise UserError(f"{file}:{line}: {unknown.explain()}") from None
+            raise UserError(f"{file}:{line}: {path}: {unknown.explain()}") from None
 
 
 def _paths(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:

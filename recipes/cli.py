@@ -23,7 +23,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "train": (commands.train, "recipe=NAME [key=value …]", "shards -> checkpoints; resumes by itself"),
     "evaluate": (commands.evaluate, "recipe=NAME [key=value …]", "checkpoint -> predictions and report"),
     "export": (commands.export, "recipe=NAME [key=value …]", "checkpoint -> a bundle that can be served"),
-    "predict": (commands.predict, "bundle=DIR data.path=POSTS [output=FILE]", "score posts with a bundle"),
+    "predict": (
+        commands.predict,
+        "bundle=DIR data.path=POSTS [output=predictions.parquet]",
+        "score posts with a bundle",
+    ),
     "shards": (commands.shards, "preview recipe=NAME step=N [key=value …]", "tools for shards"),
     "recipes": (commands.recipes, "", "the recipes, a sentence each"),
     "config": (commands.config, "recipe=NAME [key=value …]", "every field: value, meaning, where the value comes from"),

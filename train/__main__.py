@@ -18,6 +18,8 @@ from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.checks import one_of
 
+# As shells report a process that Ctrl-C ended.
+EXIT_INTERRUPTED = 130
 STAGES = ("train", "evaluate")
 SECONDS_FOR_RANK_0 = 3.0
 
@@ -35,6 +37,8 @@ def main(argv: list[str]) -> int:
     except CrossguardError as error:
         _say(str(error))
         return error.exit_status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED  # The launcher, which got the same Ctrl-C, says so.
     except Exception as error:
         _say(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''} (see logs/)")
         return EXIT_FAILED
