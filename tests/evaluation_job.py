@@ -25,7 +25,7 @@ from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.fragments import WEIGHT, tensor_shapes
 from crossguard.train.models import build_model
-from crossguard.train.ranks import Ranks, init_ranks, leave_ranks
+from crossguard.train.ranks import Ranks, end_process, init_ranks, leave_ranks
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -95,3 +95,4 @@ if __name__ == "__main__":
     ranks = init_ranks()
     run_evaluation(load_config(Path(sys.argv[1]) / "config.yaml"), ranks)
     leave_ranks()
+    end_process(0)

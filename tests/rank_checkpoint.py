@@ -13,7 +13,7 @@ from crossguard.train.checkpoint import load_checkpoint, save_checkpoint
 from crossguard.train.checkpoint_folder import latest_checkpoint
 from crossguard.train.engine import Engine
 from crossguard.train.fragments import held_fragments
-from crossguard.train.ranks import Ranks, init_ranks
+from crossguard.train.ranks import Ranks, end_process, init_ranks
 
 
 def new_engine(ranks: Ranks, stage: int, precision: str = "fp32", seed: int = 0) -> Engine:
@@ -87,3 +87,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_process(0)

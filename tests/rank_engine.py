@@ -13,7 +13,7 @@ from torch import nn
 from crossguard.train.engine import Engine
 from crossguard.train.fragments import WEIGHT, held_fragments
 from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
-from crossguard.train.ranks import Ranks, init_ranks
+from crossguard.train.ranks import Ranks, end_process, init_ranks
 
 STEPS = 4
 
@@ -90,3 +90,4 @@ def main(output: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_process(0)

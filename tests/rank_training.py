@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crossguard.configs.compose import compose
 from crossguard.configs.parent_death import die_with_parent
-from crossguard.train.ranks import init_ranks
+from crossguard.train.ranks import end_process, init_ranks
 from crossguard.train.training import run_training
 
 RECIPE = """
@@ -64,3 +64,4 @@ def main(jobs: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    end_process(0)

@@ -79,4 +79,9 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if "torch" not in sys.modules:  # A wrong configuration: nothing heavy was started.
+        sys.exit(status)
+    from crossguard.train.ranks import end_process
+
+    end_process(status)
