@@ -101,7 +101,9 @@ def test_the_index_finds_every_sample(posts: Path, tmp_path: Path) -> None:
         tar = (tmp_path / "run/shards" / shard.path).read_bytes()
         rows = read_index(tmp_path / "run/shards" / shard.index_path)
         assert len(rows) == shard.samples
-        assert list(rows["key"]) == sorted(rows["key"])
+        by_stratum = list(zip(rows["stratum"].tolist(), rows["key"].tolist(), strict=True))
+        assert by_stratum == sorted(by_stratum)
+        assert [manifest.strata[row] for row in rows["stratum"]] == [s for s, n in shard.strata.items() for _ in range(n)]
         for row, key in zip(rows, hex_keys(rows), strict=True):
             start, end = int(row["offset"]), int(row["offset"] + row["size"])
             assert xxhash.xxh3_64_intdigest(tar[start:end]) == row["digest"]
@@ -112,7 +114,9 @@ def test_the_index_finds_every_sample(posts: Path, tmp_path: Path) -> None:
                 assert row["text_bytes"] == 1
                 assert manifest.strata[row["stratum"]] == f"ar/{manifest.rarity[0]}"
             seen.add(key)
-        # Samples follow each other without a gap, up to the end-of-archive blocks.
+        # In the tar, samples follow each other by key without a gap, up to the end-of-archive blocks.
+        rows = np.sort(rows, order="offset")
+        assert list(rows["key"]) == sorted(rows["key"])
         assert int(rows["offset"][0]) == 0
         np.testing.assert_array_equal(rows["offset"][1:], (rows["offset"] + rows["size"])[:-1])
         assert int(rows["offset"][-1] + rows["size"][-1]) + 1024 == shard.bytes == len(tar)

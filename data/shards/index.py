@@ -1,6 +1,7 @@
 """The index beside each tar: one fixed-width row a sample, little-endian, behind a header with magic and version.
 
-A sample is one contiguous range of bytes of the tar: all its members, headers and padding included.
+A sample is one contiguous range of bytes of the tar: all its members, headers and padding included. The rows are sorted
+by stratum, then by key, whatever the order of the samples in the tar.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from crossguard.configs.errors import UserError
 
 MAGIC = b"CGINDEX\n"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<8sII")  # magic, version, bytes of a row
 
 # Bits of `modalities`.

@@ -14,7 +14,7 @@ from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.taxonomy import Taxonomy
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
 
 
