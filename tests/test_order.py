@@ -10,18 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.schema.mixing import MixingConfig
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.permutation import SMALL, Permutation, derive_key
-
-orders = st.builds(
-    lambda samples, batch, seed, planned: SampleOrder(
-        samples, batch, seed, np.random.default_rng(seed).integers(0, 99, samples) if planned else None
-    ),
-    samples=st.integers(1, 700),
-    batch=st.integers(1, 40),
-    seed=st.integers(0, 2**40),
-    planned=st.booleans(),
-)
+from orders import fresh, mixed_config, orders, plain_order, skewed_layout
 
 
 def skewed_lengths(samples: int) -> np.ndarray:
@@ -51,26 +43,68 @@ def test_the_permutation_is_the_same_for_ever() -> None:
 
 
 @settings(deadline=None)
-@given(order=orders)
-def test_every_sample_comes_once_in_every_epoch(order: SampleOrder) -> None:
-    n = order.num_samples
-    steps = -(-3 * n // order.batch_size)
-    delivered = np.concatenate([order.rows(step) for step in range(1, steps + 1)])[: 3 * n]
-    for epoch in delivered.reshape(3, n):
-        assert np.array_equal(np.sort(epoch), np.arange(n))
+@given(samples=st.integers(1, 700), batch=st.integers(1, 40), seed=st.integers(0, 2**40), planned=st.booleans())
+def test_without_mixing_every_sample_comes_once_in_every_epoch(
+    samples: int, batch: int, seed: int, planned: bool
+) -> None:
+    lengths = np.random.default_rng(seed).integers(0, 99, samples) if planned else None
+    order = plain_order(samples, batch, seed, lengths=lengths)
+    steps = -(-3 * samples // batch)
+    delivered = np.concatenate([order.rows(step) for step in range(1, steps + 1)])[: 3 * samples]
+    for epoch in delivered.reshape(3, samples):
+        assert np.array_equal(np.sort(epoch), np.arange(samples))
 
 
 @settings(deadline=None)
-@given(order=orders, steps=st.lists(st.integers(1, 10**9), min_size=1, max_size=5))
+@given(order=orders(), steps=st.lists(st.integers(1, 10**9), min_size=1, max_size=5))
 def test_a_step_does_not_depend_on_the_steps_before(order: SampleOrder, steps: list[int]) -> None:
-    fresh = [SampleOrder(order.num_samples, order.batch_size, order.seed, order.lengths) for _ in steps]
-    for step, other in zip(steps, fresh, strict=True):
-        assert np.array_equal(order.rows(step), other.rows(step))
+    for step in steps:
+        assert np.array_equal(order.rows(step), fresh(order).rows(step))
+
+
+def test_a_thousand_resumes_go_on_with_the_uninterrupted_order() -> None:
+    """While mixing, with weights that change, planning by length and redirecting; cut up for any ranks and workers."""
+    layout = skewed_layout(1, shards=(40, 10), strata=(20, 5), scale=40)
+    numbers = np.random.default_rng(0)
+    lengths = numbers.integers(1, 200, layout.num_rows)
+    refused = numbers.choice(layout.num_rows, layout.num_rows // 50, replace=False)
+    batch = 48
+
+    def order() -> SampleOrder:
+        mixing = mixed_config(3.0, change_after=500)
+        return SampleOrder(layout, batch, 7, mixing, lengths=lengths, refused=refused)
+
+    steps = 1200
+    uninterrupted = order()
+    expected = np.concatenate([uninterrupted.rows(step) for step in range(1, steps + 1)])
+    ahead = -(-10_000 // batch)
+    resumed = [order() for _ in range(10)]
+    for number in range(1000):
+        start = int(numbers.integers(1, steps - ahead))
+        ranks = int(numbers.choice([1, 2, 3, 4, 6, 8, 12, 16, 24, 48]))
+        micro, passes = micro_batches(batch, ranks, int(numbers.integers(1, 20)))
+        # Each of the resumed orders was last used at another place.
+        rows = np.stack([resumed[number % 10].rows(step) for step in range(start, start + ahead)])
+        shares = rows.reshape(ahead, ranks, passes, micro)
+        together = np.concatenate([shares[:, rank] for rank in range(ranks)], axis=1).ravel()
+        assert np.array_equal(together, expected[(start - 1) * batch : (start - 1 + ahead) * batch])
+
+
+@settings(deadline=None)
+@given(order=orders())
+def test_running_backwards_finds_every_step_of_a_row(order: SampleOrder) -> None:
+    steps = 3 * order.window_batches // 2
+    delivered = np.stack([order.rows(step) for step in range(1, steps + 1)])
+    for row in np.random.default_rng(0).integers(0, order.num_samples, 5).tolist():
+        counts = (delivered == row).sum(axis=1)
+        sources = [] if order.redirects.is_refused(np.array(row)) else [row, *order.redirects.replaced_by(row)]
+        found = sorted(step for source in sources for step in order.steps_of(source, steps))
+        assert found == np.repeat(np.arange(1, steps + 1), counts).tolist()
 
 
 def test_epochs_and_seeds_differ() -> None:
     def epoch(seed: int, number: int, lengths: np.ndarray | None) -> list[int]:
-        order = SampleOrder(640, 64, seed, lengths)
+        order = plain_order(640, 64, seed, lengths=lengths)
         return np.concatenate([order.rows(step) for step in range(number * 10 + 1, number * 10 + 11)]).tolist()
 
     for lengths in (None, skewed_lengths(640)):
@@ -80,7 +114,7 @@ def test_epochs_and_seeds_differ() -> None:
 @pytest.mark.parametrize(("batch_size", "ranks", "micro"), [(64, 2, 32), (256, 8, 32), (32, 4, 8)])
 def test_little_padding_and_ranks_in_balance(batch_size: int, ranks: int, micro: int) -> None:
     lengths = skewed_lengths(50_000)
-    order = SampleOrder(len(lengths), batch_size, 0, lengths)
+    order = plain_order(len(lengths), batch_size, 0, lengths=lengths)
     steps = len(lengths) // batch_size
     taken = np.stack([lengths[order.rows(step)] for step in range(1, steps + 1)]).reshape(steps, ranks, -1, micro)
     padded = taken.max(axis=-1) * micro
@@ -90,46 +124,68 @@ def test_little_padding_and_ranks_in_balance(batch_size: int, ranks: int, micro:
 
 
 @settings(deadline=None)
-@given(order=orders, data=st.data())
+@given(order=orders(), data=st.data())
 def test_refused_rows_never_come_and_move_no_other_position(order: SampleOrder, data: st.DataObject) -> None:
-    n = order.num_samples
-    refused = data.draw(st.sets(st.integers(0, n - 1), max_size=n - 1))
-    other = SampleOrder(n, order.batch_size, order.seed, order.lengths, np.array(sorted(refused)))
+    rows = st.integers(0, order.num_samples - 1)
+    more = data.draw(st.sets(rows, max_size=order.num_samples - 1 - len(order.redirects.refused)))
+    other = fresh(order)
+    other.refuse(np.array(sorted(more), dtype=np.int64))
+    refused = [*more, *order.redirects.refused.tolist()]
     for step in range(1, 8):
         before, after = order.rows(step), other.rows(step)
-        assert not refused & set(after.tolist())
-        kept = ~np.isin(before, list(refused))
+        assert not set(refused) & set(after.tolist())
+        kept = ~np.isin(before, refused)
         assert np.array_equal(before[kept], after[kept])
+
+
+def test_a_refused_sample_is_replaced_inside_its_stratum_as_long_as_one_is_left() -> None:
+    layout = skewed_layout(3)
+    numbers = np.random.default_rng(0)
+    refused = numbers.choice(layout.num_rows, layout.num_rows // 2, replace=False)
+    order = SampleOrder(layout, 16, 0, mixed_config(), refused=refused)
+    sizes = layout.strata.sizes
+    left = sizes - np.bincount(layout.strata.find(refused)[0], minlength=len(sizes))
+    assert np.any((left == 0) & (sizes > 0))
+    for step in range(1, 200):
+        planned, _ = layout.strata.find(order.planned_rows(step))
+        read, _ = layout.strata.find(order.rows(step))
+        assert np.all((planned == read) | (left[planned] == 0))
 
 
 def test_nothing_left_to_read() -> None:
     with pytest.raises(UserError, match="none of the split's 3 samples"):
-        SampleOrder(3, 2, 0, refused=np.arange(3))
+        plain_order(3, 2, 0, refused=np.arange(3))
+
+
+def test_a_new_order_begins_at_its_first_step() -> None:
+    order, later = (plain_order(500, 8, 0, first_step=step) for step in (1, 101))
+    assert np.array_equal(order.rows(3), later.rows(103))
+    assert later.steps_of(7, 400) == [step + 100 for step in order.steps_of(7, 300)]
+    with pytest.raises(UserError, match="step 100: drawn from another order; the one in force begins with step 101"):
+        later.rows(100)
 
 
 def test_state_names_what_changed() -> None:
     lengths = skewed_lengths(50)
-    order = SampleOrder(50, 8, 0, lengths)
+    order = plain_order(50, 8, 0, lengths=lengths)
     saved = json.loads(json.dumps(order.state("a" * 64, 80)))
     assert saved["position"] == 80
     assert len(json.dumps(saved)) < 1024
     order.check_state(saved, "a" * 64)
+    warmer = SampleOrder(order.layout, 8, 0, MixingConfig(temperature=2), lengths=lengths)
     changes = {
         "hash of the manifest": (order, "b" * 64),
-        "seed: 0 before, 1 now": (SampleOrder(50, 8, 1, lengths), "a" * 64),
-        "train.batch_size: 8 before, 10 now": (SampleOrder(50, 10, 0, lengths), "a" * 64),
-        "token lengths": (SampleOrder(50, 8, 0, lengths + 1), "a" * 64),
+        "seed: 0 before, 1 now": (plain_order(50, 8, 1, lengths=lengths), "a" * 64),
+        "train.batch_size: 8 before, 10 now": (plain_order(50, 10, 0, lengths=lengths), "a" * 64),
+        "token lengths": (plain_order(50, 8, 0, lengths=lengths + 1), "a" * 64),
+        "refused samples": (plain_order(50, 8, 0, lengths=lengths, refused=[3]), "a" * 64),
+        "train.new_order=true": (plain_order(51, 8, 1), "a" * 64),
     }
     for message, (changed, manifest) in changes.items():
         with pytest.raises(UserError, match=message):
             changed.check_state(saved, manifest)
-
-
-def test_more_posts_may_expire_between_two_runs_but_none_comes_back() -> None:
-    some, more = (SampleOrder(50, 8, 0, refused=np.arange(count)) for count in (3, 5))
-    more.check_state(some.state("", 0), "")
-    with pytest.raises(UserError, match="refused samples"):
-        some.check_state(more.state("", 0), "")
+    # One stratum is one group at any temperature: the same quotas, the same order.
+    warmer.check_state(saved, "a" * 64)
 
 
 def test_micro_batch_is_the_largest_divisor_not_above_the_bound() -> None:

@@ -1,32 +1,42 @@
-"""The sample order: which sample comes when, as pure arithmetic on (split, seed, position).
+"""The sample order: which sample comes when, as pure arithmetic on (shards, seed, position).
 
-Position p counts samples delivered so far over all ranks. Epoch e holds positions [e·n, (e+1)·n) and every row of the
-split exactly once; step s ≥ 1 covers positions [(s-1)·B, s·B). Nothing depends on ranks, workers or what was read
-before, so any step is known without the steps before it, and a few hundred bytes are the whole state.
+Position p counts samples delivered so far over all ranks; step s ≥ 1 covers positions [(s-1)·B, s·B). A position is
+mapped to a group and the number of its draw (mixing), that to an epoch of the group and a place in it, that to a row by
+the group's shuffle of that epoch (windows); rows that may not be read are replaced (redirects), and the batches of a
+window are planned by length. Nothing depends on ranks, workers or what was read before: any step is known without the
+steps before it, a few hundred bytes are the whole state, and the order can be run backwards.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from crossguard.configs.errors import UserError
-from crossguard.data.loading.permutation import Permutation, derive_key
+from crossguard.configs.saved import fingerprint
+from crossguard.configs.schema.mixing import MixingConfig
+from crossguard.data.loading.length_batches import plan_by_length
+from crossguard.data.loading.mixing import Mixing, Phase, cycle_quotas, temperature_shares
+from crossguard.data.loading.redirects import Redirects
+from crossguard.data.loading.strata import Layout
+from crossguard.data.loading.windows import WindowedShuffle
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 # Batches planned together by length. On log-normal lengths (sigma .6 to 1) 128 leave 2 % padding, 32 leave 6 %.
 WINDOW_BATCHES = 128
+# Even where a small group comes round more often than that: its repeated posts, being of one length, share batches.
+MIN_WINDOW_BATCHES = 16
 # What the parts of the state are called where the user sets them.
 STATE_NAMES = {
     "format": "format of the state",
     "manifest": "shards (hash of the manifest)",
     "seed": "seed",
     "batch_size": "train.batch_size",
+    "mixing": "data.mixing",
     "lengths": "token lengths (tokenizer or its max_length)",
     "refused": "refused samples",
 }
@@ -49,44 +59,17 @@ def micro_batches(batch_size: int, world_size: int, micro_batch_size: int) -> tu
     return micro, share // micro
 
 
-@dataclass(frozen=True)
-class Redirects:
-    """Where a position turns whose sample must not or cannot be read: always the same way, on every rank."""
-
-    num_samples: int
-    seed: int
-    # int64[R], sorted, without duplicates: rows that are never read.
-    refused: np.ndarray
-
-    def is_refused(self, rows: np.ndarray) -> np.ndarray:
-        """bool, of the shape of `rows`."""
-        return np.isin(rows, self.refused)
-
-    def rows(self, position: int) -> Iterator[int]:
-        """Endless, possibly repeating rows of the split to try at `position`, one after the other."""
-        attempt = 1
-        while True:
-            row = int(derive_key("redirect", self.seed, position, attempt)[0]) % self.num_samples
-            if not self.is_refused(np.array(row)):
-                yield row
-            attempt += 1
-
-
 class SampleOrder:
     """The order of one split.
 
-    With `lengths`, the batches of a window are planned together: its rows are sorted by length and cut into batches,
-    which are then shuffled, so that a batch holds texts of about one length. Inside a batch the rows stay sorted:
-    contiguous slices for ranks and micro-batches then hold the least padding, and since a batch spans only 1/128 of
-    the lengths, ranks still differ by no more than a few percent in tokens.
-
     Args:
-        num_samples: rows of the split, n.
+        layout: its datasets and strata.
         batch_size: samples of a step over all ranks, B.
         seed: chooses the order.
+        mixing: the shares of datasets and strata.
         lengths: token length of each row, int[n]; None plans nothing.
-        refused: rows that may not be read; their positions are redirected to other rows. They are replaced after the
-            planning, so that a longer list moves no other position.
+        refused: rows that may not be read.
+        first_step: the first step that is drawn from this order; where it is not 1, another order came before.
 
     Raises:
         UserError: no sample is left.
@@ -94,70 +77,112 @@ class SampleOrder:
 
     def __init__(
         self,
-        num_samples: int,
+        layout: Layout,
         batch_size: int,
         seed: int,
+        mixing: MixingConfig,
+        *,
         lengths: np.ndarray | None = None,
         refused: np.ndarray | None = None,
+        first_step: int = 1,
     ):
-        if lengths is not None and len(lengths) != num_samples:
-            raise ValueError(f"{len(lengths)} lengths for {num_samples} samples")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.lengths = lengths
+        if lengths is not None and len(lengths) != layout.num_rows:
+            raise ValueError(f"{len(lengths)} lengths for {layout.num_rows} samples")
+        self.layout, self.batch_size, self.seed, self.lengths = layout, batch_size, seed, lengths
+        self.mixing_config, self.first_step = mixing, first_step
+        self.num_samples = layout.num_rows
+        # As the posts are, a dataset is one group and each post comes once in an epoch of it.
+        self.groups = layout.datasets if mixing.temperature == 1 else layout.strata
+        self.mixing = Mixing(_phases(layout, mixing, batch_size, first_step), seed)
+        self.shuffles = [
+            WindowedShuffle(size, max(1, -(-size // max(1, shards))), seed, name)
+            for name, size, shards in zip(
+                self.groups.names, self.groups.sizes.tolist(), self.groups.shards, strict=True
+            )
+        ]
         banned = np.unique(np.asarray([] if refused is None else refused, dtype=np.int64))
-        if len(banned) >= num_samples:
-            raise UserError(f"none of the split's {num_samples} samples may be read (expired or refused)")
-        self.redirects = Redirects(num_samples, seed, banned)
-        self.window_batches = max(1, min(WINDOW_BATCHES, num_samples // batch_size))
-        self._window: tuple[int, np.ndarray] | None = None
-        self._shuffle: tuple[int, Permutation] | None = None
+        self.redirects = Redirects(layout.strata, seed, banned)
+        self.window_batches = max(MIN_WINDOW_BATCHES, min(WINDOW_BATCHES, self._shortest_epoch() // batch_size))
+        # The window that was used last: as it is planned, and with its redirects.
+        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._resolved: tuple[int, np.ndarray] | None = None
 
     def positions(self, step: int) -> np.ndarray:
-        """int64[B]: the positions of `step` ≥ 1."""
+        """int64[B]: the positions of `step` ≥ 1, as the contract counts them."""
         return np.arange((step - 1) * self.batch_size, step * self.batch_size, dtype=np.int64)
 
     def rows(self, step: int) -> np.ndarray:
-        """int64[B]: the rows of `step` ≥ 1, in the order of their positions."""
-        if step < 1:
-            raise ValueError(f"steps begin at 1, got {step}")
-        rows = self._planned(step).copy()
-        for place in np.flatnonzero(self.redirects.is_refused(rows)):
-            rows[place] = next(self.redirects.rows((step - 1) * self.batch_size + int(place)))
-        return rows
+        """int64[B]: the rows of `step`, in the order of their positions.
+
+        Raises:
+            UserError: the step came before this order.
+        """
+        window, batch = self._window_of(step)
+        if self._resolved is None or self._resolved[0] != window:
+            self._resolved = window, self.redirects.resolve(self._window(window)[1])
+        return self._resolved[1][batch]
+
+    def planned_rows(self, step: int) -> np.ndarray:
+        """int64[B]: like `rows`, before those that may not be read are replaced."""
+        window, batch = self._window_of(step)
+        return self._window(window)[1][batch]
+
+    def _window_of(self, step: int) -> tuple[int, slice]:
+        """The window of a step, and where the step stands in it."""
+        if step < self.first_step:
+            raise UserError(
+                f"step {step}: drawn from another order; the one in force begins with step {self.first_step}"
+                if step >= 1
+                else f"step {step}: steps begin at 1"
+            )
+        window, batch = divmod(step - self.first_step, self.window_batches)
+        return window, slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+
+    def steps_of(self, row: int, last_step: int) -> list[int]:
+        """The steps up to `last_step` that `row` is planned for, itself and not in another one's place."""
+        group, ordinal = (int(found[0]) for found in self.groups.find(np.array([row])))
+        size, shuffle = int(self.groups.sizes[group]), self.shuffles[group]
+        window_size = self.window_batches * self.batch_size
+        # To the end of the window: its plan may move what is drawn later to an earlier step.
+        windows = -(-max(0, last_step - self.first_step + 1) // self.window_batches)
+        drawn = self.mixing.draws_before(group, windows * window_size)
+        steps = []
+        for epoch in range(-(-drawn // size)):
+            draw = epoch * size + int(shuffle.inverse(epoch, np.array([ordinal]))[0])
+            position = self.mixing.position(group, draw) if draw < drawn else None
+            if position is not None:
+                window, offset = divmod(position, window_size)
+                place = int(np.flatnonzero(self._window(window)[0] == offset)[0])
+                steps.append(self.first_step + window * self.window_batches + place // self.batch_size)
+        return sorted(step for step in steps if step <= last_step)
+
+    def refuse(self, rows: np.ndarray) -> None:
+        """From now on, these rows are not read either. No other position moves."""
+        self.redirects = self.redirects.with_refused(rows)
+        self._resolved = None
 
     def epoch(self, step: int) -> float:
-        """Passes over the split that are done after `step`."""
+        """After `step`: samples delivered, in multiples of the split."""
         return step * self.batch_size / self.num_samples
 
     def state(self, manifest_hash: str, position: int) -> dict[str, Any]:
         """All that a resumed run needs to go on at `position`; JSON, under 1 KB."""
-        return self._identity(manifest_hash) | {"position": position}
+        return self._identity(manifest_hash) | {"first_step": self.first_step, "position": position}
 
     def check_state(self, saved: Mapping[str, Any], manifest_hash: str) -> None:
         """Make sure that this order continues the saved one.
-
-        More refused samples than before are no difference: posts expire while a job is interrupted, and what expired
-        must not be read. It moves no other position.
 
         Raises:
             UserError: names everything that changed.
         """
         mine = self._identity(manifest_hash)
         changed = [name for name in mine if saved.get(name) != mine[name]]
-        if "refused" in changed and len(self.redirects.refused) > saved.get("refused", {}).get("count", 0):
-            changed.remove("refused")
         if changed:
             details = "; ".join(f"{STATE_NAMES[name]}: {saved.get(name)} before, {mine[name]} now" for name in changed)
             raise UserError(
-                f"the sample order is not that of the checkpoint: {details}; "
-                "restore it, or begin anew with train.restart=true"
+                f"the sample order is not that of the checkpoint: {details}; restore it, begin anew with "
+                "train.restart=true, or keep the weights and start a new order from here with train.new_order=true"
             )
-
-    def fingerprint(self) -> str:
-        """Hash of everything that decides the order, beside the shards."""
-        return _hash(repr(sorted(self._identity("").items())).encode())
 
     def _identity(self, manifest_hash: str) -> dict[str, Any]:
         refused = self.redirects.refused
@@ -166,6 +191,8 @@ class SampleOrder:
             "manifest": manifest_hash,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            # With the quotas themselves, since they come from floating-point numbers.
+            "mixing": fingerprint([(phase.start, phase.quotas.tolist()) for phase in self.mixing.phases]),
             "lengths": self._lengths_hash,
             "refused": {"count": len(refused), "hash": _hash(refused.astype("<i8").data)},
         }
@@ -174,54 +201,75 @@ class SampleOrder:
     def _lengths_hash(self) -> str | None:
         return None if self.lengths is None else _hash(np.ascontiguousarray(self.lengths, dtype="<u4").data)
 
-    def _planned(self, step: int) -> np.ndarray:
-        """The rows of a step before refused ones are replaced."""
-        size = self.batch_size
-        if self.lengths is None:
-            return self._shuffled((step - 1) * size, step * size)
-        window, batch = divmod(step - 1, self.window_batches)
-        if self._window is None or self._window[0] != window:
-            self._window = window, self._plan_window(window)
-        return self._window[1][batch * size : (batch + 1) * size]
+    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of a window: which of its samples, as they are drawn, comes there, and the row of it."""
+        if self._planned is None or self._planned[0] != window:
+            size = self.window_batches * self.batch_size
+            start = window * size
+            drawn = self._drawn_rows(start, start + size)
+            plan = np.arange(size) if self.lengths is None else self._plan(drawn, start)
+            self._planned = window, plan, drawn[plan]
+        return self._planned[1], self._planned[2]
 
-    def _plan_window(self, window: int) -> np.ndarray:
-        """int64[window_batches · B]: planned one epoch at a time, so that no row leaves the positions of its epoch."""
-        start, end = (number * self.window_batches * self.batch_size for number in (window, window + 1))
-        pieces = []
-        while start < end:
-            stop = min(end, (start // self.num_samples + 1) * self.num_samples)
-            pieces.append(self._plan_piece(start, stop))
-            start = stop
-        return np.concatenate(pieces)
-
-    def _plan_piece(self, start: int, stop: int) -> np.ndarray:
-        """Sort positions [start, stop) of one epoch by length, cut them into batches, and shuffle the batches.
-
-        A batch that two epochs share takes the shortest texts of both.
-        """
+    def _plan(self, drawn: np.ndarray, start: int) -> np.ndarray:
+        """Rearrange a window by length. Where there is one group, no sample leaves the positions of its epoch."""
         assert self.lengths is not None
-        rows = self._shuffled(start, stop)
-        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-        head = min(-start % self.batch_size, stop - start)
-        tail = (stop - start - head) % self.batch_size
-        batches = rows[head + tail :].reshape(-1, self.batch_size)
-        shuffle = Permutation(len(batches), derive_key("batches", self.seed, start))
-        shuffled = batches[shuffle(np.arange(len(batches)))]
-        return np.concatenate([rows[:head], shuffled.ravel(), rows[head : head + tail]])
-
-    def _shuffled(self, start: int, stop: int) -> np.ndarray:
-        """The rows at positions [start, stop) before planning."""
-        pieces = []
-        for epoch in range(start // self.num_samples, (stop - 1) // self.num_samples + 1):
-            first = epoch * self.num_samples
-            indices = np.arange(max(start, first), min(stop, first + self.num_samples), dtype=np.int64) - first
-            pieces.append(self._epoch_shuffle(epoch)(indices))
+        lengths = self.lengths[drawn]
+        size = int(self.groups.sizes[0]) if len(self.groups.names) == 1 else start + len(drawn)
+        stop, pieces, begin = start + len(drawn), [], start
+        while begin < stop:
+            end = min(stop, (begin // size + 1) * size)
+            piece = lengths[begin - start : end - start]
+            pieces.append(begin - start + plan_by_length(piece, self.batch_size, begin, self.seed))
+            begin = end
         return np.concatenate(pieces)
 
-    def _epoch_shuffle(self, epoch: int) -> Permutation:
-        if self._shuffle is None or self._shuffle[0] != epoch:
-            self._shuffle = epoch, Permutation(self.num_samples, derive_key("epoch", self.seed, epoch))
-        return self._shuffle[1]
+    def _drawn_rows(self, start: int, stop: int) -> np.ndarray:
+        """int64: the rows at positions [start, stop) of this order, before planning and redirects."""
+        groups, draws = self.mixing.draws(start, stop)
+        rows = np.empty(stop - start, dtype=np.int64)
+        # Sorted by group and epoch, the draws of each fall into few runs.
+        by_group = np.lexsort((draws, groups))
+        epochs = draws[by_group] // self.groups.sizes[groups[by_group]]
+        changes = (np.diff(groups[by_group]) != 0) | (np.diff(epochs) != 0)
+        for run in np.split(by_group, np.flatnonzero(changes) + 1):
+            group = int(groups[run[0]])
+            epoch, first = divmod(int(draws[run[0]]), int(self.groups.sizes[group]))
+            places = draws[run] - (draws[run[0]] - first)
+            rows[run] = self.groups.rows(group, self.shuffles[group](epoch, places))
+        return rows
+
+    def _shortest_epoch(self) -> int:
+        """Positions in which the group that comes round most often does so once."""
+        return min(
+            int((self.groups.sizes * phase.quotas.sum() // np.maximum(phase.quotas, 1))[phase.quotas > 0].min())
+            for phase in self.mixing.phases
+        )
+
+
+def _phases(layout: Layout, mixing: MixingConfig, batch_size: int, first_step: int) -> list[Phase]:
+    """The quotas of every group from the first step and from each change of the weights on."""
+    sizes = dict(zip(layout.datasets.names, layout.datasets.sizes.tolist(), strict=True))
+    # Steps done when the weights change -> the weights; what changed before the first step is in force from there.
+    weights = {0: mixing.weights or sizes}
+    for change in mixing.changes:
+        weights[max(0, change.after_step - (first_step - 1))] = change.weights
+    return [
+        Phase(steps * batch_size, cycle_quotas(_shares(layout, mixing, weight))) for steps, weight in weights.items()
+    ]
+
+
+def _shares(layout: Layout, mixing: MixingConfig, weight_of: Mapping[str, float]) -> np.ndarray:
+    """float64[groups]: the share of each."""
+    weights = np.array([weight_of[name] for name in layout.datasets.names], dtype=np.float64)
+    weights /= weights.sum()
+    if mixing.temperature == 1:
+        return weights
+    shares = np.zeros(len(layout.strata.names))
+    for dataset, weight in enumerate(weights):
+        own = layout.dataset_of_stratum == dataset
+        shares[own] = weight * temperature_shares(layout.strata.sizes[own], mixing.temperature, mixing.max_repeats)
+    return shares
 
 
 def _hash(data: bytes | memoryview) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 
 import numpy as np
 
@@ -52,11 +53,34 @@ class Permutation:
             outside = outside[result[outside] >= self.size]
         return result
 
+    def inverse(self, indices: np.ndarray) -> np.ndarray:
+        """Where each index comes from: `inverse(self(i)) == i`."""
+        if self.table is not None:
+            return self._inverse_table[indices]
+        result = self._decipher(np.asarray(indices, dtype=np.int64))
+        outside = np.flatnonzero(result >= self.size)
+        while outside.size:
+            result[outside] = self._decipher(result[outside])
+            outside = outside[result[outside] >= self.size]
+        return result
+
+    @cached_property
+    def _inverse_table(self) -> np.ndarray:
+        assert self.table is not None
+        return np.argsort(self.table)
+
     def _encipher(self, indices: np.ndarray) -> np.ndarray:
         left, right = np.divmod(indices, self.columns)
         for turn in range(0, ROUNDS, 2):
             left = _add(left, _scramble(right, self.key[turn]), self.rows)
             right = _add(right, _scramble(left, self.key[turn + 1]), self.columns)
+        return left * self.columns + right
+
+    def _decipher(self, indices: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(indices, self.columns)
+        for turn in reversed(range(0, ROUNDS, 2)):
+            right = _subtract(right, _scramble(left, self.key[turn + 1]), self.columns)
+            left = _subtract(left, _scramble(right, self.key[turn]), self.rows)
         return left * self.columns + right
 
 
@@ -66,9 +90,20 @@ def _small_permutation(size: int, key: np.ndarray) -> np.ndarray:
 
 
 def _add(half: np.ndarray, scrambled: np.ndarray, modulus: int) -> np.ndarray:
-    """half + scrambled mod `modulus`; the top 32 bits are scaled instead of divided, which is several times faster."""
-    total = half + (((scrambled >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32)).astype(np.int64)
+    """half + scrambled mod `modulus`."""
+    total = half + _scaled(scrambled, modulus)
     return np.where(total >= modulus, total - modulus, total)
+
+
+def _subtract(half: np.ndarray, scrambled: np.ndarray, modulus: int) -> np.ndarray:
+    """The reverse of `_add`."""
+    difference = half - _scaled(scrambled, modulus)
+    return np.where(difference < 0, difference + modulus, difference)
+
+
+def _scaled(scrambled: np.ndarray, modulus: int) -> np.ndarray:
+    """int64 in 0 … modulus-1 from the top 32 bits, scaled instead of divided, which is several times faster."""
+    return (((scrambled >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32)).astype(np.int64)
 
 
 def _scramble(values: np.ndarray, key: np.uint64) -> np.ndarray:
