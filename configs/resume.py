@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "build.max_errors_listed",
     "build.num_workers",
     "checkpoint",
+    "data.cache",
     "data.path",
     "data.shards",
     "description",

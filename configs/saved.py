@@ -21,6 +21,7 @@ PATHS = (
     "run_dir",
     "data.path",
     "data.shards",
+    "data.cache.dir",
     "data.media_dir",
     "model.text.pretrained",
     "model.text.tokenizer",

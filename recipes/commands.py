@@ -67,7 +67,7 @@ def shards(argv: list[str]) -> None:
 
     step = int(own["step"])
     encode = PostEncoder(job.config.model, Taxonomy.from_config(job.config.taxonomy))
-    ids = preview(job.config, job.shards_dir, job.run_dir, step, encode)
+    ids = preview(job.config, job.run_dir, step, encode)
     print(json.dumps({"step": step, "ids": ids}, ensure_ascii=False))
 
 

@@ -31,7 +31,7 @@ from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.plan import plan_training
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.shards.build import build_shards
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.encode import PostEncoder
 
@@ -53,7 +53,10 @@ class Shards:
     folder: Path
 
     def reader(self) -> ShardReader:
-        return ShardReader(self.folder, Manifest.load(self.folder), "train")
+        return ShardReader([self.open()], "train")
+
+    def open(self) -> ShardFolder:
+        return ShardFolder.open(self.folder, self.config.data.cache)
 
     def encoder(self) -> PostEncoder:
         return PostEncoder(self.config.model, Taxonomy.from_config(self.config.taxonomy))
@@ -142,10 +145,10 @@ def damage(shards: Shards, row: int) -> str:
     """Flip a byte of a sample; returns its id."""
     reader = shards.reader()
     sample = reader.read(row)
-    entry = reader.rows_index[row]
-    shard = next(info for info, end in zip(reader.shards, reader._ends, strict=True) if row < end)
+    offset, size = int(reader.column("offset")[row]), int(reader.column("size")[row])
+    shard = reader.shards[reader.shard_of(row)]
     with (shards.folder / shard.path).open("r+b") as file:
-        file.seek(int(entry["offset"]) + int(entry["size"]) - 600)
+        file.seek(offset + size - 600)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
@@ -184,15 +187,23 @@ def test_a_damaged_sample_is_told_without_its_content(shards: Shards) -> None:
     assert reader.read(29).id != reader.read(31).id
 
 
-def test_a_split_or_a_shard_that_is_not_there(shards: Shards) -> None:
-    with pytest.raises(UserError, match="no split 'test'; it has train"):
-        ShardReader(shards.folder, Manifest.load(shards.folder), "test")
-    reader = shards.reader()
-    (shards.folder / reader.shards[1].path).unlink()
-    order = SampleOrder(POSTS, BATCH, 0)
-    for workers in (0, 1):
-        with pytest.raises(UserError, match=rf"{reader.shards[1].path}: the shard is missing"):
-            deliver(shards, order, num_workers=workers)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_not_there_is_redirected_and_named(shards: Shards, workers: int) -> None:
+    path = shards.reader().shards[1].path
+    (shards.folder / path).unlink()
+    records: list[dict[str, Any]] = []
+    steps = deliver(shards, SampleOrder(POSTS, BATCH, 0), num_workers=workers, on_refused=records.append)
+    assert [sum(len(batch.ids) for batch in batches) for batches in steps] == [BATCH] * 20
+    assert {record["reason"] for record in records} == {f"the shard {path} is missing"}
+    assert len({record["key"] for record in records}) == 25
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_index_that_changed_ends_the_job(shards: Shards, workers: int) -> None:
+    index = shards.folder / shards.reader().shards[1].index_path
+    index.write_bytes(index.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=rf"{index.name}: changed since the manifest was written"):
+        deliver(shards, SampleOrder(POSTS, BATCH, 0), num_workers=workers)
 
 
 def test_batches_without_text_or_images_have_the_same_parts() -> None:
@@ -305,7 +316,7 @@ def test_token_lengths_are_kept_until_something_changes(shards: Shards, tmp_path
 
 
 def test_what_expired_since_the_build_is_not_read(shards: Shards, tmp_path: Path) -> None:
-    reader, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder(), AFTER_EXPIRY)
+    reader, order = plan_training(shards.config, shards.open(), tmp_path, shards.encoder(), AFTER_EXPIRY)
     gone = {reader.read(int(row)).id for row in reader.expired_rows(AFTER_EXPIRY)}
     assert gone == {"p.7/ü", "p.8/ü"}
     delivered = ids_of(deliver(shards, order))
@@ -315,7 +326,7 @@ def test_what_expired_since_the_build_is_not_read(shards: Shards, tmp_path: Path
 def test_what_expires_during_a_job_is_redirected_and_named(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, order = plan_training(shards.config, shards.folder, tmp_path, shards.encoder(), BEFORE_EXPIRY)
+    _, order = plan_training(shards.config, shards.open(), tmp_path, shards.encoder(), BEFORE_EXPIRY)
     planned = ids_of(deliver(shards, order))
     gone = {"p.7/ü", "p.8/ü"}
     assert gone & {id for step in planned for id in step}

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.build import build_shards
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import read_texts, tfidf_logistic_regression
@@ -40,7 +41,7 @@ def fit(folder: Path, posts: list[dict[str, Any]]) -> tuple[dict[str, Prediction
     config = make_config(write_lines(folder / "posts.jsonl", posts))
     manifest = build_shards(config, folder / "shards", folder / "quarantine.jsonl")
     taxonomy = Taxonomy.from_config(config.taxonomy)
-    readers = {split: ShardReader(folder / "shards", manifest, split) for split in manifest.splits}
+    readers = {split: ShardReader([ShardFolder(str(folder / "shards"), manifest)], split) for split in manifest.splits}
     rows = {split: np.arange(len(reader)) for split, reader in readers.items()}
     return tfidf_logistic_regression(readers, rows, ["test"], taxonomy), readers, taxonomy
 

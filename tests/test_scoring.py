@@ -20,7 +20,7 @@ from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_or_latest, load_weights
 from crossguard.train.encode import PostEncoder
@@ -64,8 +64,7 @@ def parts_of(config: Config, split: str) -> tuple[nn.Module, PostEncoder, ShardR
     encode = PostEncoder(config.model, Taxonomy.from_config(config.taxonomy))
     checkpoint = best_or_latest(run_dir)
     model = load_trained(config.model, encode, load_weights(checkpoint), checkpoint)
-    shards_dir = run_dir / "shards"
-    return model, encode, ShardReader(shards_dir, Manifest.load(shards_dir), split)
+    return model, encode, ShardReader([ShardFolder.open(run_dir / "shards", config.data.cache)], split)
 
 
 def score(config: Config, split: str, ranks: Ranks, count: int | None = None) -> tuple[Predictions, int]:

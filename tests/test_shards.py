@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import xxhash
 from build_job import build, files_of, make_config, make_posts, picture, write_lines
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.schema.data import CacheConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig, TaxonomyConfig
 from crossguard.data.records import parse_post, post_key
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.sources import open_source
@@ -136,10 +140,15 @@ def test_a_damaged_index_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.idx"
     path.write_bytes(encode_index(rows))
     np.testing.assert_array_equal(read_index(path), rows)
-    for damaged, message in ((encode_index(rows)[:-1], "cut short"), (b"PK", "not an index"), (None, "cannot be read")):
-        path.unlink() if damaged is None else path.write_bytes(damaged)
+    with pytest.raises(UserError, match="changed since the manifest was written"):
+        read_index(path, sha256=hashlib.sha256(b"another").hexdigest())
+    for damaged, message in ((encode_index(rows)[:-1], "cut short"), (b"PK", "not an index")):
+        path.write_bytes(damaged)
         with pytest.raises(UserError, match=message):
             read_index(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_index(path)
 
 
 def test_a_manifest_is_canonical_and_finds_its_own_damage(posts: Path, tmp_path: Path) -> None:
@@ -170,19 +179,30 @@ def test_a_manifest_is_canonical_and_finds_its_own_damage(posts: Path, tmp_path:
         Manifest.load(shards)
 
 
-@pytest.mark.parametrize("what", ["tar grown", "tar of the same size", "index", "index missing", "tar missing"])
-def test_files_that_changed_after_the_manifest_are_found(posts: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["tar grown", "tar cut", "tar missing", "index missing", "split missing"])
+def test_shards_that_are_lost_are_reported(posts: Path, tmp_path: Path, what: str) -> None:
     manifest = build(make_config(posts), tmp_path / "run")
-    shards = tmp_path / "run/shards"
-    manifest.check_files(shards)
-    path = shards / (manifest.shards[1].index_path if "index" in what else manifest.shards[1].path)
-    data = path.read_bytes()
-    if "missing" in what:
+    folder = ShardFolder.open(tmp_path / "run/shards", CacheConfig())
+    assert folder.check_files() == []
+    shard = manifest.shards[1]
+    path = tmp_path / "run/shards" / (shard.index_path if "index" in what else shard.path)
+    if what == "split missing":
+        shutil.rmtree(path.parent)
+    elif "missing" in what:
         path.unlink()
     else:
-        path.write_bytes(data + b"x" if "grown" in what else bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(UserError, match=Path(manifest.shards[1].path).stem):
-        manifest.check_files(shards)
+        path.write_bytes(path.read_bytes() + b"x" if "grown" in what else path.read_bytes()[:-1])
+    lost = manifest.shards_of(shard.split) if what == "split missing" else (shard,)
+    assert folder.check_files() == list(lost)
+
+
+def test_an_index_that_changed_after_the_manifest_is_found(posts: Path, tmp_path: Path) -> None:
+    manifest = build(make_config(posts), tmp_path / "run")
+    path = tmp_path / "run/shards" / manifest.shards[1].index_path
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{path.name}: changed since the manifest was written"):
+        ShardFolder.open(tmp_path / "run/shards", CacheConfig()).check_files()
 
 
 def test_another_taxonomy_is_named(posts: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.model import ImageEncoderConfig, ModelConfig, TextEncoderConfig
-from crossguard.data.loading.reader import RawSample
+from crossguard.data.loading.sample import RawSample
 from crossguard.data.taxonomy import Policy, Taxonomy
 from crossguard.train.encode import PostEncoder
 from crossguard.train.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer

@@ -14,7 +14,7 @@ from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.plan import plan_training
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import checkpoint_folder
 from crossguard.train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
@@ -36,7 +36,7 @@ from crossguard.train.validation import open_validation
 class Inputs:
     """What is trained on."""
 
-    manifest: Manifest
+    folder: ShardFolder
     encode: PostEncoder
     reader: ShardReader
     order: SampleOrder
@@ -60,7 +60,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
         last_step = _last_step(config, inputs.order)
         state = TrainState(step=0, schedule_steps=config.train.schedule_steps or last_step)
         if saved is not None:
-            inputs.order.check_state(saved["order"], inputs.manifest.sha256)
+            inputs.order.check_state(saved["order"], inputs.reader.manifest_hash)
             state = state_from(saved)
         if state.step >= last_step or out_of_patience(state, config):
             ranks.say(f"train: done before, at step {state.step}")
@@ -86,7 +86,7 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         position = state.step * order.batch_size
         about = asdict(state) | {
             "position": position,
-            "order": order.state(inputs.manifest.sha256, position),
+            "order": order.state(inputs.reader.manifest_hash, position),
             "config": as_plain(config),
             "taxonomy": inputs.encode.taxonomy.to_json(),
             "tracker_run_id": tracker.run_id,
@@ -114,9 +114,7 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         last_step=last_step,
         log=log,
         quarantine=quarantine,
-        validate=open_validation(
-            config, engine, inputs.encode, inputs.reader.shards_dir, inputs.manifest, log, quarantine.write
-        ),
+        validate=open_validation(config, engine, inputs.encode, inputs.folder, log, quarantine.write),
         save=save,
     )
     try:
@@ -128,20 +126,19 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
 
 def _open_inputs(config: Config, run_dir: Path, ranks: Ranks) -> Inputs:
     """Shards that are those of the manifest, and the same order on every rank."""
-    shards_dir = Path(config.data.shards) if config.data.shards else run_dir / "shards"
     taxonomy = Taxonomy.from_config(config.taxonomy)
-    manifest = Manifest.load(shards_dir)
-    manifest.check_taxonomy(taxonomy)
-    ranks.on_first(lambda: manifest.check_files(shards_dir))
+    folder = ShardFolder.open(config.shards_location, config.data.cache)
+    folder.manifest.check_taxonomy(taxonomy)
+    ranks.on_first(folder.check_files)
     encode = PostEncoder(config.model, taxonomy)
     now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
 
     def count_lengths() -> None:
-        plan_training(config, shards_dir, run_dir, encode, now, speak=True)
+        plan_training(config, folder, run_dir, encode, now, speak=True)
 
     ranks.on_first(count_lengths)
-    reader, order = plan_training(config, shards_dir, run_dir, encode, now)
-    return Inputs(manifest, encode, reader, order)
+    reader, order = plan_training(config, folder, run_dir, encode, now)
+    return Inputs(folder, encode, reader, order)
 
 
 def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None) -> Engine:

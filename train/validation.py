@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from crossguard.configs.schema import Config
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.train.encode import PostEncoder
 from crossguard.train.engine import Engine
 from crossguard.train.evaluation.metrics import evaluate_predictions
@@ -26,8 +25,7 @@ def open_validation(
     config: Config,
     engine: Engine,
     encode: PostEncoder,
-    shards_dir: Path,
-    manifest: Manifest,
+    folder: ShardFolder,
     log: StepLog,
     on_refused: Callable[[dict[str, Any]], None],
 ) -> Validate | None:
@@ -41,7 +39,7 @@ def open_validation(
     """
     if not config.evaluation.every_steps:
         return None
-    reader = ShardReader(shards_dir, manifest, SPLIT)
+    reader = ShardReader([folder], SPLIT)
     now = engine.ranks.broadcast(time.time())  # One clock decides which posts have expired.
     rows = reader.readable_rows(now)[: config.evaluation.max_validation_posts]
 

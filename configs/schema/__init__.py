@@ -68,6 +68,11 @@ class Config:
                 " (or data.shards=DIR built before)"
             )
 
+    @property
+    def shards_location(self) -> str:
+        """Where build writes and train reads shards: a folder, or a URL that fsspec opens."""
+        return self.data.shards or f"{self.run_dir}/shards"
+
 
 __all__ = [
     "BuildConfig",

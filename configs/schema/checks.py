@@ -14,6 +14,12 @@ def at_least(key: str, value: float | None, minimum: float) -> None:
         raise UserError(f"{key}={value}: must be at least {minimum}")
 
 
+def above(key: str, value: float | None, bound: float) -> None:
+    """`value` is None or greater than `bound`."""
+    if value is not None and not value > bound:
+        raise UserError(f"{key}={value}: must be above {bound}")
+
+
 def within(key: str, value: float | None, low: float, high: float) -> None:
     """`value` is None or lies in [low, high]."""
     if value is not None and not low <= value <= high:

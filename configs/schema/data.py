@@ -5,9 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossguard.configs.schema.checks import at_least, one_of
+from crossguard.configs.schema.checks import above, at_least, one_of
 
 SOURCES = ("jsonl", "table", "hf", "webdataset", "synthetic")
+
+
+@dataclass
+class CacheConfig:
+    """This node's copies of shards that lie behind a URL, shared by its ranks, workers and jobs."""
+
+    # Folder of the cache; by default `crossguard/shards` in $XDG_CACHE_HOME or ~/.cache.
+    dir: str | None = None
+    # What it may hold, in gigabytes (1e9 bytes); what was not used for longest goes first.
+    max_gb: float = 100.0
+
+    def __post_init__(self) -> None:
+        above("data.cache.max_gb", self.max_gb, 0)
 
 
 @dataclass
@@ -19,8 +32,11 @@ class DataConfig:
     # A file or a folder of them (jsonl, table, webdataset), or a dataset id or folder (hf); relative to the
     # working directory.
     path: str | None = None
-    # Where build writes and train reads shards; by default `shards` inside the run directory.
+    # Where build writes and train reads shards: a folder, or a URL such as s3://bucket/folder (any that fsspec opens);
+    # by default `shards` inside the run directory.
     shards: str | None = None
+    # Copies of shards that lie behind a URL.
+    cache: CacheConfig = field(default_factory=CacheConfig)
     # At most this many posts, chosen by a hash of their ids, for a first look; by default all.
     limit: int | None = None
     # For table and hf: the folder that media paths start from; by default that of the table.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from crossguard.data.loading.reader import RawSample
+    from crossguard.data.loading.sample import RawSample
 
 NO_POST = -1
 

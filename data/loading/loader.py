@@ -99,7 +99,7 @@ class BatchMaker:
         if self.redirects is None:
             return None
         raise JobError(
-            f"{self.reader.shards_dir}: {len(tried)} samples of split '{self.reader.split}' in a row cannot be used "
+            f"{self.reader.place}: {len(tried)} samples of split '{self.reader.split}' in a row cannot be used "
             f"(position {position}); quarantine.jsonl gives the reasons"
         )
 
@@ -140,7 +140,7 @@ class TrainLoader:
         on_refused: is told of every sample that could not be used, when its batch is delivered.
 
     Raises:
-        UserError: the ranks do not divide the batch; while iterating, a shard is missing.
+        UserError: the ranks do not divide the batch; while iterating, an index is damaged.
         JobError: while iterating, the storage fails.
     """
 
@@ -215,7 +215,7 @@ class EvalLoader:
     ):
         rows = np.asarray(rows, dtype=np.int64)
         # Bytes of text stand in for tokens: the order of the batches changes no score.
-        longest_first = np.argsort(-reader.rows_index["text_bytes"][rows].astype(np.int64), kind="stable")
+        longest_first = np.argsort(-reader.column("text_bytes")[rows].astype(np.int64), kind="stable")
         self.rows = rows[longest_first]
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -9,22 +9,22 @@ from crossguard.data.loading.collate import Encode
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
 
 TRAIN_SPLIT = "train"
 
 
 def plan_training(
-    config: Config, shards_dir: Path, run_dir: Path, encode: Encode, now: float, *, speak: bool = False
+    config: Config, folder: ShardFolder, run_dir: Path, encode: Encode, now: float, *, speak: bool = False
 ) -> tuple[ShardReader, SampleOrder]:
     """The training split and its order. Posts that are past their expiry at `now` (seconds since 1970) are redirected.
 
     Counts token lengths into `<run_dir>/lengths/` unless they are there: let one rank do so before the others.
 
     Raises:
-        UserError: there are no shards, no training split, or nothing in it may be read.
+        UserError: there is no training split, or nothing in it may be read.
     """
-    reader = ShardReader(shards_dir, Manifest.load(shards_dir), TRAIN_SPLIT)
+    reader = ShardReader([folder], TRAIN_SPLIT)
     lengths = token_lengths(reader, encode, run_dir / "lengths", config.train.num_workers, speak=speak)
     expired = reader.expired_rows(now)
     return reader, SampleOrder(len(reader), config.train.batch_size, config.seed, lengths, expired)

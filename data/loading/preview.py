@@ -9,9 +9,10 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Encode
 from crossguard.data.loading.plan import plan_training
+from crossguard.data.shards.folder import ShardFolder
 
 
-def preview(config: Config, shards_dir: Path, run_dir: Path, step: int, encode: Encode) -> list[str]:
+def preview(config: Config, run_dir: Path, step: int, encode: Encode) -> list[str]:
     """Ids of the global batch of `step` ≥ 1, in the order of their positions.
 
     Samples that turn out to be damaged only when they are read are shown as planned.
@@ -21,5 +22,6 @@ def preview(config: Config, shards_dir: Path, run_dir: Path, step: int, encode: 
     """
     if step < 1:
         raise UserError(f"step={step}: steps begin at 1")
-    reader, order = plan_training(config, shards_dir, run_dir, encode, time.time())
+    folder = ShardFolder.open(config.shards_location, config.data.cache)
+    reader, order = plan_training(config, folder, run_dir, encode, time.time())
     return [reader.read_head(int(row)).id for row in order.rows(step)]

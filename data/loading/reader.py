@@ -1,30 +1,34 @@
-"""Random access to the samples of a split: one `pread` each, checked against the index."""
+"""Random access to the samples of a split: one `pread` each, checked against the index.
+
+Indexes are mapped into memory shard by shard when they are first needed: processes of a node share their pages, and
+what is open at a time is bounded, whatever the number of shards.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import xxhash
 
-from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.errors import UserError
+from crossguard.data.loading.sample import RawSample, parse_sample
+from crossguard.data.records import post_key
 from crossguard.data.shards.files import pread
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.shards.index import INDEX_DTYPE, TEXT, hex_keys, read_index
-from crossguard.data.shards.manifest import Manifest, ShardInfo
-from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from crossguard.data.shards.manifest import ShardInfo
+from crossguard.data.shards.storage import with_retries
 
-# A tar is a row of blocks of this size; every member starts with one that names it.
-BLOCK = 512
-MAX_OPEN_SHARDS = 64
-HEAD_EXTENSIONS = ("json", "txt")
+# Tars, and as many indexes; each holds a descriptor, of which a process usually may have 1024.
+MAX_OPEN_SHARDS = 128
 # Enough for the members before the media, beside the text itself, in nearly every post.
 HEAD_BYTES = 8192
+T = TypeVar("T")
 
 
 class SampleError(Exception):
@@ -38,209 +42,232 @@ class SampleError(Exception):
         return f"sample {self.key} (row {self.row}): {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """A post as it lies in a shard: its fields and the bytes of its media."""
-
-    # The post's fields but text and media (KEY.json).
-    post: dict[str, Any]
-    text: str | None = None
-    # The files' bytes, in the order of the post.
-    images: list[bytes] = field(default_factory=list)
-    video: bytes | None = None
-    audio: bytes | None = None
-
-    @property
-    def id(self) -> str:
-        """The post's id."""
-        return str(self.post["id"])
-
-    @property
-    def language(self) -> str:
-        """Language code; "und" when none was given."""
-        return str(self.post.get("language") or "und")
-
-
 class ShardReader:
-    """The samples of one split, by row: 0 … len-1 in the order of the manifest.
+    """The samples of one split, by row: 0 … len-1 in the order of the manifest, one folder after the other.
 
-    Can be sent to other processes: what it has opened stays behind, and is opened again where it is used.
+    Can be sent to other processes: what it has opened stays behind, and is opened again where it is used. Storage that
+    fails for a moment is tried again; it never makes a `SampleError`.
 
     Args:
-        shards_dir: the folder that holds the manifest.
-        manifest: what lies in it.
+        folders: sets of shards; those without the split add nothing.
         split: e.g. "train".
 
+    Attributes:
+        shards: of the split, over all folders.
+        starts: int64[len(shards) + 1], the first row of each shard, then the number of rows.
+        manifest_hash: stands for all folders: the hash of the only manifest, or one over the list of hashes.
+
     Raises:
-        UserError: the manifest has no such split.
+        UserError: no folder has such a split.
     """
 
-    def __init__(self, shards_dir: Path, manifest: Manifest, split: str):
-        self.shards_dir = Path(shards_dir)
+    def __init__(self, folders: Sequence[ShardFolder], split: str):
         self.split = split
-        self.manifest_hash = manifest.sha256
-        self.shards: tuple[ShardInfo, ...] = manifest.shards_of(split)
-        if not self.shards:
-            raise UserError(f"{self.shards_dir}: no split '{split}'; it has {', '.join(manifest.splits) or 'none'}")
-        self._ends = np.cumsum([shard.samples for shard in self.shards])
+        self.folders = tuple(folders)
+        self.manifest_hash = _joint_hash([folder.manifest.sha256 for folder in folders])
+        found = [(shard, number) for number, one in enumerate(folders) for shard in one.manifest.shards_of(split)]
+        if not found:
+            splits = sorted({name for folder in folders for name in folder.manifest.splits})
+            raise UserError(f"{self.place}: no split '{split}'; it has {', '.join(splits) or 'none'}")
+        self.shards: tuple[ShardInfo, ...] = tuple(shard for shard, _ in found)
+        self._folder_numbers = [number for _, number in found]
+        self.starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self._forget()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_indexes", "_files")}
+        return {name: value for name, value in vars(self).items() if name not in ("_indexes", "_tars", "_verified")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._forget()
 
     def _forget(self) -> None:
-        self._indexes: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._indexes: _Recent[np.ndarray] = _Recent()
+        self._tars: _Recent[_OpenFile] = _Recent()
+        self._verified = np.zeros(len(self.shards), dtype=bool)
 
     @property
-    def rows_index(self) -> np.ndarray:
-        """`INDEX_DTYPE[len(self)]`: the index rows of the whole split."""
-        return np.concatenate([self._index(number) for number in range(len(self.shards))])
+    def place(self) -> str:
+        """Where the shards lie, for messages."""
+        return ", ".join(folder.location for folder in self.folders)
+
+    def shard_of(self, row: int) -> int:
+        """The number of the shard that holds a row.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of split '{self.split}', which has {len(self)}")
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def folder_of(self, shard: int) -> ShardFolder:
+        """The folder of a shard, whose manifest names the strata in its index."""
+        return self.folders[self._folder_numbers[shard]]
+
+    def column(self, name: str) -> np.ndarray:
+        """[len(self)]: a field of `INDEX_DTYPE`, e.g. "text_bytes"; zero where an index is missing."""
+        values = np.zeros(len(self), dtype=INDEX_DTYPE[name])
+        for shard, index in self._all_indexes():
+            values[self.starts[shard] : self.starts[shard + 1]] = index[name]
+        return values
+
+    def row_of(self, id: str) -> int | None:
+        """The row of a post, if the split has it."""
+        key = np.bytes_(post_key(id))
+        for shard, index in self._all_indexes():
+            if len(found := np.flatnonzero(index["key"] == key)):
+                return int(self.starts[shard] + found[0])
+        return None
 
     def expired_rows(self, now: float) -> np.ndarray:
         """int64[…]: the rows whose posts must not be read any more at `now`, in seconds since 1970."""
-        expires_at = self.rows_index["expires_at"]
-        return np.flatnonzero((expires_at != 0) & (expires_at <= now))
+        expired = [np.empty(0, dtype=np.int64)]
+        for shard, index in self._all_indexes():
+            expires_at = index["expires_at"]
+            expired.append(self.starts[shard] + np.flatnonzero((expires_at != 0) & (expires_at <= now)))
+        return np.concatenate(expired)
 
     def readable_rows(self, now: float) -> np.ndarray:
         """int64[…]: all other rows."""
         return np.setdiff1d(np.arange(len(self)), self.expired_rows(now), assume_unique=True)
 
+    def missing_rows(self) -> np.ndarray:
+        """int64[…]: the rows of shards whose tar or index is not there; nothing is opened."""
+        there = [folder.sizes(self.split).keys() for folder in self.folders]
+        missing = [np.empty(0, dtype=np.int64)]
+        for number, shard in enumerate(self.shards):
+            paths = there[self._folder_numbers[number]]
+            if shard.path not in paths or shard.index_path not in paths:
+                missing.append(np.arange(self.starts[number], self.starts[number + 1]))
+        return np.concatenate(missing)
+
     def read(self, row: int) -> RawSample:
         """One sample.
 
         Raises:
-            SampleError: its bytes are not those that were written, or cannot be parsed.
-            UserError: its shard is missing.
-            JobError: its shard cannot be read.
+            SampleError: its bytes are not those that were written, cannot be parsed, or are not there at all.
+            UserError: an index is damaged.
+            JobError: the storage fails.
         """
-        shard, entry = self._locate(row)
-        data = self._pread(shard, int(entry["offset"]), int(entry["size"]))
-        key = hex_keys(entry[None])[0]
+        shard, key, entry = self._locate(row)
+        data = self._pread(row, key, shard, entry)
         if xxhash.xxh3_64_intdigest(data) != entry["digest"]:
-            raise SampleError(
-                row, key, f"damaged: its bytes in {self.shards[shard].path} are not those that were written"
-            )
-        return self._parse(row, key, data)
+            path = self.shards[shard].path
+            raise SampleError(row, key, f"damaged: its bytes in {path} are not those that were written")
+        return _parse(row, key, data)
 
     def read_head(self, row: int) -> RawSample:
-        """One sample without its media and without the check of its bytes: much cheaper where media are large."""
-        shard, entry = self._locate(row)
-        key = hex_keys(entry[None])[0]
-        head = int(entry["text_bytes"]) + HEAD_BYTES
-        for size in (head, int(entry["size"])):
-            data = self._pread(shard, int(entry["offset"]), min(size, int(entry["size"])))
-            try:
-                sample = self._parse(row, key, data, head_only=True)
-            except SampleError:
-                if size == head:
-                    continue  # the fields are longer than expected
-                raise
-            if sample.text is not None or not entry["modalities"] & TEXT:
-                break
-        return sample
+        """One sample without its media and without the check of its bytes: much cheaper where media are large.
 
-    def _locate(self, row: int) -> tuple[int, np.ndarray]:
-        """The number of the shard and the index entry."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of split '{self.split}', which has {len(self)}")
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        index = self._index(shard)
-        return shard, index[row - int(self._ends[shard]) + len(index)]
+        Raises as `read` does.
+        """
+        shard, key, entry = self._locate(row)
+        head = int(entry["text_bytes"]) + HEAD_BYTES
+        try:
+            sample = _parse(row, key, self._pread(row, key, shard, entry, head), head_only=True)
+            if sample.text is not None or not entry["modalities"] & TEXT:
+                return sample
+        except SampleError:
+            if entry["size"] <= head:
+                raise
+        # The fields are longer than expected.
+        return _parse(row, key, self._pread(row, key, shard, entry), head_only=True)
+
+    def _locate(self, row: int) -> tuple[int, str, Any]:
+        """The shard, the key and the index entry of a row."""
+        shard = self.shard_of(row)
+        number = row - int(self.starts[shard])
+        try:
+            entry = self._index(shard)[number]
+        except FileNotFoundError:
+            path = self.shards[shard].path
+            raise SampleError(row, f"unknown, number {number} of {path}", f"the index of {path} is missing") from None
+        return shard, hex_keys(entry[None])[0], entry
+
+    def _pread(self, row: int, key: str, shard: int, entry: Any, most: int | None = None) -> bytes:
+        """The bytes of a sample, or the first of them."""
+        offset, size = int(entry["offset"]), int(entry["size"])
+        size = size if most is None else min(size, most)
+
+        def attempt() -> bytes:
+            try:
+                return pread(self._tars.get(shard, self._open_tar).descriptor, offset, size)
+            except OSError:
+                self._tars.drop(shard)  # on a network file system an old descriptor may be what fails
+                raise
+
+        path = self.shards[shard].path
+        try:
+            data = with_retries(f"{self.folder_of(shard).location}/{path}", attempt)
+        except FileNotFoundError:
+            raise SampleError(row, key, f"the shard {path} is missing") from None
+        if len(data) < size:
+            raise SampleError(row, key, f"the shard {path} is cut short")
+        return data
+
+    def _all_indexes(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, its index) of all shards that have one."""
+        for shard in range(len(self.shards)):
+            try:
+                yield shard, self._index(shard)
+            except FileNotFoundError:
+                continue
 
     def _index(self, shard: int) -> np.ndarray:
-        if shard not in self._indexes:
-            info = self.shards[shard]
-            rows = read_index(self.shards_dir / info.index_path)
-            if len(rows) != info.samples or rows.dtype != INDEX_DTYPE:
-                raise UserError(
-                    f"{self.shards_dir / info.index_path}: {len(rows)} rows, the manifest says {info.samples}; "
-                    "build the shards again"
-                )
-            self._indexes[shard] = rows
-        return self._indexes[shard]
+        return self._indexes.get(shard, self._open_index)
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.shards_dir / self.shards[shard].path
-        try:
-            if shard not in self._files:
-                self._files[shard] = _OpenFile(path)
-            self._files.move_to_end(shard)
-            if len(self._files) > MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)
-            return pread(self._files[shard].descriptor, offset, size)
-        except FileNotFoundError:
-            raise UserError(f"{path}: the shard is missing; restore it, or build the shards again") from None
-        except OSError as error:
-            raise JobError(f"{path}: the shard cannot be read ({error.strerror}); check the storage") from error
+    def _open_index(self, shard: int) -> np.ndarray:
+        folder, info = self.folder_of(shard), self.shards[shard]
+        sha256 = None if self._verified[shard] else info.index_sha256
+        index = with_retries(f"{folder.location}/{info.index_path}", lambda: read_index(folder.index(info), sha256))
+        self._verified[shard] = True
+        return index
 
-    def _parse(self, row: int, key: str, data: bytes, head_only: bool = False) -> RawSample:
-        try:
-            return _assemble(_members(data, key, head_only))
-        except (ValueError, KeyError, TypeError) as error:
-            # The error's own text may quote the post.
-            raise SampleError(row, key, f"cannot be parsed ({type(error).__name__})") from None
+    def _open_tar(self, shard: int) -> _OpenFile:
+        return _OpenFile(os.open(self.folder_of(shard).tar(self.shards[shard]), os.O_RDONLY | os.O_CLOEXEC))
+
+
+class _Recent(Generic[T]):
+    """Shard -> something open; the least recently used closes when there are too many."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[int, T] = OrderedDict()
+
+    def get(self, shard: int, make: Callable[[int], T]) -> T:
+        """What is open, or else what `make` opens."""
+        if shard not in self._open:
+            self._open[shard] = make(shard)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def drop(self, shard: int) -> None:
+        """Close one."""
+        self._open.pop(shard, None)
 
 
 class _OpenFile:
     """A descriptor that is closed with its last reference."""
 
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
-def _members(data: bytes, key: str, head_only: bool) -> Iterator[tuple[str, bytes]]:
-    """(extension, content) of the members in a range of a tar; raises ValueError when it is no such range.
-
-    Much faster than `tarfile`, and all that our own shards need: short names, regular files.
-    """
-    start = 0
-    while start + BLOCK <= len(data):
-        header = data[start : start + BLOCK]
-        name = header[:100].rstrip(b"\0").decode()
-        if not name.startswith(f"{key}.") or header[156:157] not in (b"0", b"\0"):
-            raise ValueError("unexpected member")
-        extension = name.rpartition(".")[2]
-        if head_only and extension not in HEAD_EXTENSIONS:
-            return
-        size = int(header[124:136].rstrip(b"\0 "), 8)
-        start += BLOCK
-        if start + size > len(data):
-            raise ValueError("cut short")
-        yield extension, data[start : start + size]
-        start += -(-size // BLOCK) * BLOCK
+def _parse(row: int, key: str, data: bytes, head_only: bool = False) -> RawSample:
+    try:
+        return parse_sample(data, key, head_only)
+    except (ValueError, KeyError, TypeError) as error:
+        # The error's own text may quote the post.
+        raise SampleError(row, key, f"cannot be parsed ({type(error).__name__})") from None
 
 
-def _assemble(members: Iterator[tuple[str, bytes]]) -> RawSample:
-    """A sample from its members, which are sorted: fields, text, then media."""
-    post: dict[str, Any] | None = None
-    text: str | None = None
-    images: list[bytes] = []
-    video = audio = None
-    for extension, content in members:
-        if extension == "json":
-            post = json.loads(content)
-        elif extension == "txt":
-            text = content.decode()
-        elif extension in IMAGE_EXTENSIONS:
-            images.append(content)
-        elif extension in VIDEO_EXTENSIONS:
-            video = content
-        elif extension in AUDIO_EXTENSIONS:
-            audio = content
-        else:
-            raise ValueError("unknown extension")
-    if post is None:
-        raise ValueError("no fields")
-    return RawSample(post, text, images, video, audio)
+def _joint_hash(hashes: list[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -6,6 +6,9 @@ by stratum, then by key, whatever the order of the samples in the tar.
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import os
 import struct
 from pathlib import Path
 
@@ -39,26 +42,36 @@ def encode_index(rows: np.ndarray) -> bytes:
     return _HEADER.pack(MAGIC, VERSION, INDEX_DTYPE.itemsize) + rows.astype(INDEX_DTYPE).tobytes()
 
 
-def read_index(path: Path) -> np.ndarray:
-    """The rows of an index file.
+def read_index(path: Path, sha256: str | None = None) -> np.ndarray:
+    """The rows of an index file, mapped into memory, read-only.
+
+    Args:
+        path: the file.
+        sha256: what the manifest says of its content; None when it was compared before.
 
     Raises:
-        UserError: the file is missing, is no index, is cut short, or was written by another version.
+        OSError: the file is missing or cannot be read.
+        UserError: it is no index, is damaged, or was written by another version.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); remove the folder and build again") from error
-    if len(data) < _HEADER.size or data[: len(MAGIC)] != MAGIC:
-        raise UserError(f"{path}: not an index of shards; remove the folder and build again")
-    _, version, width = _HEADER.unpack_from(data)
-    if version != VERSION or width != INDEX_DTYPE.itemsize:
-        raise UserError(
-            f"{path}: index of version {version}, this crossguard reads {VERSION}; remove the folder and build again"
-        )
-    if (len(data) - _HEADER.size) % width:
-        raise UserError(f"{path}: cut short; remove the folder and build again")
-    return np.frombuffer(data, dtype=INDEX_DTYPE, offset=_HEADER.size)
+    with path.open("rb") as file:
+        if sha256 is not None:
+            # By reading, not through the map: where the storage fails, a map ends the process by SIGBUS.
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise UserError(f"{path}: changed since the manifest was written; restore it, or build again")
+            file.seek(0)
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
+            raise UserError(f"{path}: not an index of shards; remove the folder and build again")
+        _, version, width = _HEADER.unpack(header)
+        if version != VERSION or width != INDEX_DTYPE.itemsize:
+            raise UserError(
+                f"{path}: index of version {version}, this crossguard reads {VERSION}; "
+                "remove the folder and build again"
+            )
+        if (os.fstat(file.fileno()).st_size - _HEADER.size) % width:
+            raise UserError(f"{path}: cut short; remove the folder and build again")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, dtype=INDEX_DTYPE, offset=_HEADER.size)
 
 
 def hex_keys(rows: np.ndarray) -> list[str]:

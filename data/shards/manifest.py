@@ -143,29 +143,6 @@ class Manifest:
             what = "; ".join(parts) or f"another order ({', '.join(ours.names)})"
             raise UserError(f"taxonomy '{ours.name}': its policies differ from those of the shards, {what}; {remedy}")
 
-    def check_files(self, shards_dir: Path) -> None:
-        """Check cheaply that the shards are those the manifest was written for.
-
-        Sizes of all tars and hashes of all indexes are compared, and the hash of every tar that was touched after the
-        manifest; each sample's own digest is compared when it is read.
-
-        Raises:
-            UserError: naming the shard that is missing or changed.
-        """
-        written = (shards_dir / FILE_NAME).stat().st_mtime_ns
-        for shard in self.shards:
-            tar, index = shards_dir / shard.path, shards_dir / shard.index_path
-            try:
-                stat = tar.stat()
-                changed = stat.st_size != shard.bytes or file_sha256(index) != shard.index_sha256
-                changed = changed or (stat.st_mtime_ns > written and file_sha256(tar) != shard.sha256)
-            except OSError as error:
-                raise UserError(
-                    f"{error.filename}: cannot be read ({error.strerror}); remove the folder and build again"
-                ) from error
-            if changed:
-                raise UserError(f"{tar}: changed since the manifest was written; remove the folder and build again")
-
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""

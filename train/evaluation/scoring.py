@@ -89,7 +89,7 @@ def score_split(
 def _deal(reader: ShardReader, rows: np.ndarray, batch_size: int, world_size: int) -> list[np.ndarray]:
     """The rows of each rank: batches of about one length, dealt in turn. Rank 0 has most."""
     # In the order of EvalLoader, which is stable: it cuts each rank's rows into these very batches.
-    rows = rows[np.argsort(-reader.rows_index["text_bytes"][rows].astype(np.int64), kind="stable")]
+    rows = rows[np.argsort(-reader.column("text_bytes")[rows].astype(np.int64), kind="stable")]
     owner = np.arange(len(rows)) // batch_size % world_size
     return [rows[owner == rank] for rank in range(world_size)]
 

@@ -18,7 +18,7 @@ from crossguard.configs.schema import Config, ModelConfig
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_or_latest, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
@@ -43,7 +43,7 @@ Scored = dict[str, Predictions]
 class Posts:
     """The splits of a set of shards, and the rows of each that may be read."""
 
-    manifest: Manifest
+    folder: ShardFolder
     taxonomy: Taxonomy
     readers: dict[str, ShardReader]
     rows: dict[str, np.ndarray]
@@ -64,7 +64,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
     with run_lock(run_dir, ranks):
         checkpoint = best_or_latest(run_dir)
         check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
-        posts = _open_posts(config, run_dir, ranks)
+        posts = _open_posts(config, ranks)
         scored = {MODEL: _score(run_dir, config.model, config, posts, ranks)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
@@ -76,12 +76,12 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             _measure(run_dir, config, posts, scored, [folder.name for folder in ablations])
 
 
-def _open_posts(config: Config, run_dir: Path, ranks: Ranks) -> Posts:
-    shards_dir = Path(config.data.shards) if config.data.shards else run_dir / "shards"
-    manifest = Manifest.load(shards_dir)
+def _open_posts(config: Config, ranks: Ranks) -> Posts:
+    folder = ShardFolder.open(config.shards_location, config.data.cache)
+    manifest = folder.manifest
     taxonomy = Taxonomy.from_config(config.taxonomy)
     manifest.check_taxonomy(taxonomy)
-    ranks.on_first(lambda: manifest.check_files(shards_dir))
+    ranks.on_first(folder.check_files)
     splits = config.evaluation.splits or [split for split in manifest.splits if split != TRAIN_SPLIT]
     for split in splits:
         if split not in manifest.splits:
@@ -89,13 +89,15 @@ def _open_posts(config: Config, run_dir: Path, ranks: Ranks) -> Posts:
                 f"evaluation.splits: no split '{split}' in the shards; {did_you_mean(split, manifest.splits)}"
             )
     if config.evaluation.references and TRAIN_SPLIT not in manifest.splits:
-        raise UserError(f"evaluation.references: {shards_dir} has no split '{TRAIN_SPLIT}' that one could be fitted on")
+        raise UserError(
+            f"evaluation.references: {folder.location} has no split '{TRAIN_SPLIT}' that one could be fitted on"
+        )
     if not splits:
-        raise UserError(f"{shards_dir}: no split but train, nothing to evaluate; see build.splits")
+        raise UserError(f"{folder.location}: no split but train, nothing to evaluate; see build.splits")
     now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
-    readers = {split: ShardReader(shards_dir, manifest, split) for split in manifest.splits}
+    readers = {split: ShardReader([folder], split) for split in manifest.splits}
     rows = {split: reader.readable_rows(now) for split, reader in readers.items()}
-    return Posts(manifest, taxonomy, readers, rows, splits)
+    return Posts(folder, taxonomy, readers, rows, splits)
 
 
 def _score(run_dir: Path, model_config: ModelConfig, config: Config, posts: Posts, ranks: Ranks) -> Scored:
@@ -144,7 +146,7 @@ def _measure(run_dir: Path, config: Config, posts: Posts, scored: dict[str, Scor
     metrics: dict[str, Any] = {
         "splits": _metrics(scored[MODEL], config),
         "checkpoint": {"step": step_of(best_or_latest(run_dir))},
-        "shards": posts.manifest.sha256,
+        "shards": posts.folder.manifest.sha256,
     }
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
@@ -156,7 +158,7 @@ def _measure(run_dir: Path, config: Config, posts: Posts, scored: dict[str, Scor
     file = run_dir / "report" / "metrics.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
-    write_report(run_dir, Evaluated(config, posts.manifest, metrics, scored | references))
+    write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
 
 
 def _metrics(scored: Scored, config: Config) -> dict[str, Any]:

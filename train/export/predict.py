@@ -15,6 +15,7 @@ from crossguard.configs.schema import BuildConfig, Config, DataConfig, TaxonomyC
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.build import build_shards
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.sources import Record, Source, open_source
 from crossguard.data.taxonomy import Taxonomy
@@ -52,7 +53,7 @@ def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -
     with tempfile.TemporaryDirectory(prefix=".predict-", dir=output.parent) as folder:
         shards_dir = Path(folder) / "shards"
         manifest = _build(bundle, data, shards_dir, quarantine)
-        predictions = _score(bundle, manifest, shards_dir, quarantine, batch_size)
+        predictions = _score(bundle, ShardFolder(str(shards_dir), manifest), quarantine, batch_size)
     predictions.write(output)
     said = [f"{len(predictions)} posts -> {output}"]
     said += [f"{count} left out ({rule})" for rule, count in manifest.left_out.items() if count]
@@ -74,14 +75,14 @@ def _build(bundle: Bundle, data: DataConfig, shards_dir: Path, quarantine: Path)
     return build_shards(config, shards_dir, quarantine, source=source)
 
 
-def _score(bundle: Bundle, manifest: Manifest, shards_dir: Path, quarantine: Path, batch_size: int) -> Predictions:
+def _score(bundle: Bundle, folder: ShardFolder, quarantine: Path, batch_size: int) -> Predictions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     alone = Ranks(rank=0, local_rank=0, world_size=1, device=device)
     model = bundle.model.to(device)
     refused = LineLog(quarantine)
     parts = []
-    for split in manifest.splits:
-        reader = ShardReader(shards_dir, manifest, split)
+    for split in folder.manifest.splits:
+        reader = ShardReader([folder], split)
         rows = np.arange(len(reader))
         parts.append(
             score_split(
