@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "build.num_workers",
     "checkpoint",
     "data.cache",
+    "data.mixing.datasets",
     "data.path",
     "data.shards",
     "description",
@@ -29,22 +30,33 @@ MAY_CHANGE = (
     "train.log_every",
     "train.log_samples",
     "train.max_epochs",
+    "train.max_refused",
     "train.max_steps",
     "train.micro_batch_size",
+    "train.new_order",
     "train.num_workers",
     "train.patience",
     "train.restart",
     "zero",
 )
+# What may change as well where training goes on with other samples (train.new_order=true).
+DECIDE_ORDER = ("build", "data", "seed")
 
 
-def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: str) -> None:
+def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: str, *, new_order: bool = False) -> None:
     """Compare the configuration of a checkpoint with that of this start.
+
+    Args:
+        saved: the configuration stored in the checkpoint, as nested mappings.
+        now: the configuration of this start, as nested mappings.
+        run_dir: for the message.
+        new_order: the samples may be others from here on.
 
     Raises:
         UserError: something changed that must not; names every key.
     """
-    if changed := changed_on_resume(saved, now):
+    changed = changed_on_resume(saved, now, MAY_CHANGE + (DECIDE_ORDER if new_order else ()))
+    if changed:
         raise UserError(
             f"{run_dir}: has checkpoints of another configuration: {'; '.join(changed)}; "
             "restore it, choose another run_dir, or begin anew with train.restart=true"
@@ -64,12 +76,15 @@ def check_same_model(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoin
         raise UserError(f"{checkpoint}: trained with another configuration: {'; '.join(changed)}; restore it")
 
 
-def changed_on_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_on_resume(
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_change: tuple[str, ...] = MAY_CHANGE
+) -> list[str]:
     """The keys that differ between two resolved configurations and must not.
 
     Args:
         saved: the configuration stored in the checkpoint, as nested mappings.
         now: the configuration of this start, as nested mappings.
+        may_change: keys, or groups of keys, that do not matter.
 
     Returns:
         One line for each key: its name, the old and the new value; empty when training may go on.
@@ -79,7 +94,7 @@ def changed_on_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return [
         f"{key}: was {old.get(key, 'not set')}, is now {new.get(key, 'not set')}"
         for key in changed
-        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        if not any(key == name or key.startswith(f"{name}.") for name in may_change)
     ]
 
 

@@ -32,6 +32,15 @@ def manifest(job: Job) -> Hashes:
     return {"manifest": Manifest.load(job.shards_dir).sha256}
 
 
+def trained_on(job: Job) -> Hashes:
+    """The shards, and those that are mixed in."""
+    from crossguard.data.shards.folder import ShardFolder
+
+    further = job.config.data.mixing.datasets
+    opened = {name: ShardFolder.open(location, job.config.data.cache) for name, location in further.items()}
+    return manifest(job) | {f"manifest of {name}": folder.manifest.sha256 for name, folder in opened.items()}
+
+
 def checkpoint(job: Job) -> Hashes:
     """The newest checkpoint and the best one, by the manifest inside each."""
     return _checkpoint(job.run_dir)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from crossguard.configs.arguments import take
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import one_of
 from crossguard.recipes.job import Job
@@ -56,19 +54,11 @@ def predict(argv: list[str]) -> None:
 
 def shards(argv: list[str]) -> None:
     """Tools for shards."""
-    one_of("shards", argv[0] if argv else "", ("preview",))
-    own, rest = take(argv[1:], "step")
-    if not own.get("step", "").isdigit() or int(own["step"]) < 1:
-        raise UserError(f"step={own.get('step', '')}: say step=N with N from 1")
-    job = Job.from_arguments(rest)
-    from crossguard.data.loading.preview import preview
-    from crossguard.data.taxonomy import Taxonomy
-    from crossguard.train.encode import PostEncoder
+    from crossguard.recipes import sample_queries
 
-    step = int(own["step"])
-    encode = PostEncoder(job.config.model, Taxonomy.from_config(job.config.taxonomy))
-    ids = preview(job.config, job.run_dir, step, encode)
-    print(json.dumps({"step": step, "ids": ids}, ensure_ascii=False))
+    tools = {"preview": sample_queries.preview, "exposure": sample_queries.exposure}
+    one_of("shards", argv[0] if argv else "", tuple(tools))
+    tools[argv[0]](argv[1:])
 
 
 def recipes(argv: list[str]) -> None:

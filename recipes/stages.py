@@ -56,6 +56,10 @@ TRAIN = Stage(
     (
         "seed",
         "taxonomy",
+        "data.mixing.temperature",
+        "data.mixing.max_repeats",
+        "data.mixing.weights",
+        "data.mixing.changes",
         "model",
         "train.max_steps",
         "train.max_epochs",
@@ -77,7 +81,7 @@ TRAIN = Stage(
         "evaluation.every_steps",
         "evaluation.max_validation_posts",
     ),
-    artefacts.manifest,
+    artefacts.trained_on,
     artefacts.checkpoint,
     work.train,
 )

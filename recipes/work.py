@@ -54,7 +54,8 @@ def check_ranks(job: Job) -> None:
     micro_batches(config.train.batch_size, num_procs(config.launcher), config.train.micro_batch_size)
     newest = latest_checkpoint(job.run_dir)
     if newest is not None and not config.train.restart:
-        check_resumable(read_state(newest)["config"], as_plain(config), config.run_dir)
+        saved = read_state(newest)["config"]
+        check_resumable(saved, as_plain(config), config.run_dir, new_order=config.train.new_order)
 
 
 def _need_shards(job: Job) -> None:

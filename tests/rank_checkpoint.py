@@ -37,7 +37,7 @@ def train(engine: Engine, steps: range) -> list[float]:
 def save(engine: Engine, run_dir: Path, step: int) -> Path:
     """Save and say where."""
     state = {"step": step, "config": {}, "stopped": None}
-    save_checkpoint(run_dir, engine, state, keep_last=1)
+    save_checkpoint(run_dir, engine, state, {}, keep_last=1)
     newest = latest_checkpoint(run_dir)
     assert newest is not None
     return newest

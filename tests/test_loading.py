@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from orders import plain_order
 from PIL import Image
 
-from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.errors import UserError
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig
 from crossguard.configs.schema.model import ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
@@ -28,7 +29,7 @@ from crossguard.data.loading.collate import NO_POST, Batch, EncodedSample, colla
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.loader import EvalLoader, TrainLoader
 from crossguard.data.loading.order import SampleOrder
-from crossguard.data.loading.plan import plan_training
+from crossguard.data.loading.plan import open_folders, plan_training, unreadable_rows
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.shards.build import build_shards
 from crossguard.data.shards.folder import ShardFolder
@@ -192,7 +193,7 @@ def test_a_shard_that_is_not_there_is_redirected_and_named(shards: Shards, worke
     path = shards.reader().shards[1].path
     (shards.folder / path).unlink()
     records: list[dict[str, Any]] = []
-    steps = deliver(shards, SampleOrder(POSTS, BATCH, 0), num_workers=workers, on_refused=records.append)
+    steps = deliver(shards, plain_order(POSTS, BATCH, 0), num_workers=workers, on_refused=records.append)
     assert [sum(len(batch.ids) for batch in batches) for batches in steps] == [BATCH] * 20
     assert {record["reason"] for record in records} == {f"the shard {path} is missing"}
     assert len({record["key"] for record in records}) == 25
@@ -203,7 +204,7 @@ def test_an_index_that_changed_ends_the_job(shards: Shards, workers: int) -> Non
     index = shards.folder / shards.reader().shards[1].index_path
     index.write_bytes(index.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=rf"{index.name}: changed since the manifest was written"):
-        deliver(shards, SampleOrder(POSTS, BATCH, 0), num_workers=workers)
+        deliver(shards, plain_order(POSTS, BATCH, 0), num_workers=workers)
 
 
 def test_batches_without_text_or_images_have_the_same_parts() -> None:
@@ -231,7 +232,7 @@ def test_batches_without_text_or_images_have_the_same_parts() -> None:
 @pytest.mark.parametrize("planned", [False, True])
 def test_ranks_and_workers_cut_the_same_order(shards: Shards, tmp_path: Path, planned: bool) -> None:
     lengths = token_lengths(shards.reader(), shards.encoder(), tmp_path, 0) if planned else None
-    order = SampleOrder(POSTS, BATCH, 3, lengths)
+    order = plain_order(POSTS, BATCH, 3, lengths=lengths)
     reader = shards.reader()
     expected = [[reader.read(int(row)).id for row in order.rows(step)] for step in range(1, 21)]
     for world_size in (1, 2, 4):
@@ -244,7 +245,7 @@ def test_ranks_and_workers_cut_the_same_order(shards: Shards, tmp_path: Path, pl
 
 
 def test_workers_deliver_the_same_bytes_and_touch_no_random_state(shards: Shards) -> None:
-    order = SampleOrder(POSTS, BATCH, 3)
+    order = plain_order(POSTS, BATCH, 3)
     here = deliver(shards, order)
     before = torch.random.get_rng_state()
     for workers in (1, 2):
@@ -255,7 +256,7 @@ def test_workers_deliver_the_same_bytes_and_touch_no_random_state(shards: Shards
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_sample_is_redirected_and_named(shards: Shards, workers: int) -> None:
-    order = SampleOrder(POSTS, BATCH, 3)
+    order = plain_order(POSTS, BATCH, 3)
     whole = ids_of(deliver(shards, order))
     damaged = {damage(shards, row): row for row in (3, 30, 59)}
     for world_size in (1, 2):
@@ -269,14 +270,16 @@ def test_a_damaged_sample_is_redirected_and_named(shards: Shards, workers: int) 
         first = {record["position"]: record for record in records if record["step"] == 1 + record["position"] // BATCH}
         hit = [position for position, id in enumerate(joined(whole)) if id in damaged]
         assert set(hit) == first.keys()
-        assert all(record.keys() == {"key", "split", "stage", "step", "position", "reason"} for record in records)
+        assert all(
+            record.keys() == {"key", "row", "split", "stage", "step", "position", "reason"} for record in records
+        )
 
 
 def test_too_many_damaged_samples_end_the_job(shards: Shards) -> None:
     for row in range(POSTS):
         damage(shards, row)
-    with pytest.raises(JobError, match=r"in a row cannot be used \(position 0\)"):
-        deliver(shards, SampleOrder(POSTS, BATCH, 0), on_refused=lambda record: None)
+    with pytest.raises(UserError, match=r"none of the split's 60 samples may be read"):
+        deliver(shards, plain_order(POSTS, BATCH, 0), on_refused=lambda record: None)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -316,7 +319,8 @@ def test_token_lengths_are_kept_until_something_changes(shards: Shards, tmp_path
 
 
 def test_what_expired_since_the_build_is_not_read(shards: Shards, tmp_path: Path) -> None:
-    reader, order = plan_training(shards.config, shards.open(), tmp_path, shards.encoder(), AFTER_EXPIRY)
+    reader, order = plan_training(shards.config, open_folders(shards.config), tmp_path, shards.encoder())
+    order.refuse(unreadable_rows(reader, AFTER_EXPIRY))
     gone = {reader.read(int(row)).id for row in reader.expired_rows(AFTER_EXPIRY)}
     assert gone == {"p.7/ü", "p.8/ü"}
     delivered = ids_of(deliver(shards, order))
@@ -326,7 +330,7 @@ def test_what_expired_since_the_build_is_not_read(shards: Shards, tmp_path: Path
 def test_what_expires_during_a_job_is_redirected_and_named(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, order = plan_training(shards.config, shards.open(), tmp_path, shards.encoder(), BEFORE_EXPIRY)
+    _, order = plan_training(shards.config, open_folders(shards.config), tmp_path, shards.encoder())
     planned = ids_of(deliver(shards, order))
     gone = {"p.7/ü", "p.8/ü"}
     assert gone & {id for step in planned for id in step}
@@ -365,7 +369,7 @@ def running(pid: int) -> bool:
 
 def test_workers_outlive_a_signal_to_the_group_but_not_their_parent(shards: Shards, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
-    parts.write_bytes(pickle.dumps((shards.reader(), SampleOrder(POSTS, BATCH, 0), shards.encoder())))
+    parts.write_bytes(pickle.dumps((shards.reader(), plain_order(POSTS, BATCH, 0), shards.encoder())))
     job = subprocess.Popen(
         [sys.executable, "-c", READ_FOREVER, parts],
         stdout=subprocess.PIPE,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import mixed_config, skewed_layout
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.mixing import MixingConfig, WeightChange
@@ -14,7 +15,6 @@ from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.permutation import SMALL, Permutation, derive_key
 from crossguard.data.loading.redirects import Redirects
 from crossguard.data.loading.windows import WindowedShuffle
-from orders import mixed_config, skewed_layout
 
 quotas = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any).map(np.array)
 
@@ -144,7 +144,7 @@ def test_redirects_run_backwards(seed: int, share: float) -> None:
     strata = skewed_layout(seed % 50).strata
     numbers = np.random.default_rng(seed)
     rows = np.arange(strata.num_rows)
-    redirects = Redirects(strata, seed, np.sort(numbers.choice(rows, int(share * len(rows)), replace=False)))
+    redirects = Redirects.of(strata, seed, numbers.choice(rows, int(share * len(rows)), replace=False))
     resolved = redirects.resolve(rows)
     assert not np.any(redirects.is_refused(resolved))
     for row in numbers.choice(rows[~redirects.is_refused(rows)], 5).tolist():
@@ -155,7 +155,7 @@ def test_found_bad_while_reading_is_the_same_as_refused_before() -> None:
     strata = skewed_layout(2).strata
     known = np.arange(0, strata.num_rows, 7)
     bad = np.arange(3, strata.num_rows, 5)
-    before = Redirects(strata, 0, known)
+    before = Redirects.of(strata, 0, known)
     for row in range(strata.num_rows):
         found, redirects = before.resolve(np.array([row])), before
         while found[0] in bad:  # as a reader does: one after the other

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import fresh, mixed_config, orders, plain_order, skewed_layout
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.mixing import MixingConfig
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.permutation import SMALL, Permutation, derive_key
-from orders import fresh, mixed_config, orders, plain_order, skewed_layout
 
 
 def skewed_lengths(samples: int) -> np.ndarray:

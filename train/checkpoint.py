@@ -3,6 +3,7 @@
 fragments-00000.safetensors   what each rank wrote: flat pieces of fp32 weights and AdamW's moments, by kind:start:name
 random-00000.json             the random generators of each rank
 state.json                    step, position, configuration, shapes and whatever the loop counts
+refused.npy                   the samples that are not read any more
 
 A rank that loads copies the ranges that it holds from whichever files have them, so any number of ranks and any stage
 go on from any other. No pickle is written or read.
@@ -14,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,13 @@ __all__ = ["best_or_latest", "load_checkpoint", "load_weights", "newest_valid", 
 
 
 def save_checkpoint(
-    run_dir: Path, engine: Engine, state: dict[str, Any], *, keep_last: int, best: bool = False
+    run_dir: Path,
+    engine: Engine,
+    state: dict[str, Any],
+    attached: Mapping[str, bytes],
+    *,
+    keep_last: int,
+    best: bool = False,
 ) -> None:
     """Save the state after step `state["step"]`; all ranks call it.
 
@@ -54,6 +61,7 @@ def save_checkpoint(
         run_dir: the run directory.
         engine: whose weights and moments are saved.
         state: what the loop counts, as JSON; the same on every rank.
+        attached: further files, by name; the same on every rank.
         keep_last: how many of the newest checkpoints stay.
         best: this state's evaluation is the best so far.
 
@@ -75,8 +83,9 @@ def save_checkpoint(
                 "model": model_fingerprint(engine.model),
                 "shapes": tensor_shapes(engine.model),
             }
-            write_atomic(staging / folder.STATE, json.dumps(about | state).encode())
-            entries[folder.STATE] = folder.file_entry(staging / folder.STATE)
+            for name, content in {folder.STATE: json.dumps(about | state).encode(), **attached}.items():
+                write_atomic(staging / name, content)
+                entries[name] = folder.file_entry(staging / name)
     except (OSError, SafetensorError) as failed:
         error = JobError(f"{staging}: rank {ranks.rank} cannot save ({failed}); free space, then start again to resume")
     everyone = ranks.gather((error, entries))

@@ -17,7 +17,7 @@ from typing import Any
 from crossguard.configs.errors import UserError
 from crossguard.data.shards.files import sync, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 STAGING = ".staging-"
 MANIFEST = "manifest.json"
 STATE = "state.json"

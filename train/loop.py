@@ -15,9 +15,9 @@ from crossguard.configs.progress import progress
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch
 from crossguard.train.engine import Engine
-from crossguard.train.metrics_log import LineLog
 from crossguard.train.objectives import Objective, known_labels
 from crossguard.train.optimizer import learning_rate
+from crossguard.train.refusals import Refusals
 from crossguard.train.step_log import StepLog
 
 
@@ -56,7 +56,7 @@ class TrainLoop:
         state: where to start; moves on.
         last_step: the last step to do.
         log: tells metrics.jsonl, samples/ and the tracker.
-        quarantine: takes the samples of a step whose loss is not finite.
+        refusals: takes the samples that are damaged, or whose loss is not finite.
         validate: evaluates on the validation split: the metric that decides, or None where it is not defined.
         save: writes a checkpoint; True marks the best so far.
     """
@@ -71,12 +71,12 @@ class TrainLoop:
         *,
         last_step: int,
         log: StepLog,
-        quarantine: LineLog,
+        refusals: Refusals,
         validate: Callable[[int], float | None] | None,
         save: Callable[[bool], None],
     ):
         self.config, self.engine, self.objective, self.loader, self.state = config, engine, objective, loader, state
-        self.last_step, self.log, self.quarantine, self.validate, self.save = last_step, log, quarantine, validate, save
+        self.last_step, self.log, self.refusals, self.validate, self.save = last_step, log, refusals, validate, save
 
     def run(self) -> None:
         """Train.
@@ -107,7 +107,9 @@ class TrainLoop:
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
         batches = [batch.to(ranks.device) for batch in batches]
 
-        known = ranks.sum(torch.stack([known_labels(batch.labels) for batch in batches]).sum()).clamp(min=1)
+        known = torch.stack([known_labels(batch.labels) for batch in batches]).sum()
+        known, damaged = ranks.sum(torch.stack([known, torch.full_like(known, self.refusals.take())]))
+        known = known.clamp(min=1)
 
         total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for batch in batches:
@@ -119,6 +121,7 @@ class TrainLoop:
         global_loss = float(ranks.sum(total))
         # Before the update, so that the weights stay as they were.
         self._check_finite("loss", global_loss, step, batches)
+        self.refusals.check(int(damaged))
 
         grad_norm = engine.step(lr)
         self._check_finite("gradient", grad_norm, step, batches)
@@ -152,7 +155,7 @@ class TrainLoop:
             return
         for batch in batches:
             for post, position in zip(batch.ids, batch.positions.tolist(), strict=True):
-                self.quarantine.write(
+                self.refusals.write(
                     {"id": post, "split": "train", "step": step, "position": position, "stage": "train"}
                     | {"reason": f"in a batch whose {what} is not finite"}
                 )

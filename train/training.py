@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from crossguard.configs.resume import check_resumable
@@ -12,34 +11,22 @@ from crossguard.configs.saved import as_plain, save_config
 from crossguard.configs.schema import Config
 from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder, micro_batches
-from crossguard.data.loading.plan import plan_training
-from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.folder import ShardFolder
-from crossguard.data.taxonomy import Taxonomy
+from crossguard.data.loading.refused import FILE_NAME, Refused
 from crossguard.train import checkpoint_folder
 from crossguard.train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
-from crossguard.train.encode import PostEncoder
 from crossguard.train.engine import Engine
+from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
-from crossguard.train.metrics_log import LineLog, cut_after
+from crossguard.train.metrics_log import cut_after
 from crossguard.train.models import build_model
 from crossguard.train.objectives import build_objective
 from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
+from crossguard.train.refusals import Refusals
 from crossguard.train.run_lock import run_lock
 from crossguard.train.step_log import StepLog
 from crossguard.train.tracking import Tracker, open_tracker
 from crossguard.train.validation import open_validation
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is trained on."""
-
-    folder: ShardFolder
-    encode: PostEncoder
-    reader: ShardReader
-    order: SampleOrder
 
 
 def run_training(config: Config, ranks: Ranks) -> None:
@@ -55,12 +42,12 @@ def run_training(config: Config, ranks: Ranks) -> None:
         checkpoint = newest_valid(run_dir, ranks)
         saved = checkpoint_folder.read_state(checkpoint) if checkpoint else None
         if saved is not None:
-            check_resumable(saved["config"], as_plain(config), config.run_dir)
-        inputs = _open_inputs(config, run_dir, ranks)
+            check_resumable(saved["config"], as_plain(config), config.run_dir, new_order=config.train.new_order)
+        refused = Refused.load(checkpoint) if checkpoint else Refused.none()
+        inputs = open_inputs(config, ranks, saved["step"] if saved else 0, saved["order"] if saved else None, refused)
         last_step = _last_step(config, inputs.order)
         state = TrainState(step=0, schedule_steps=config.train.schedule_steps or last_step)
         if saved is not None:
-            inputs.order.check_state(saved["order"], inputs.reader.manifest_hash)
             state = state_from(saved)
         if state.step >= last_step or out_of_patience(state, config):
             ranks.say(f"train: done before, at step {state.step}")
@@ -80,9 +67,11 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
     """The steps that are left."""
     run_dir, ranks, order = Path(config.run_dir), engine.ranks, inputs.order
     log = StepLog(run_dir, config.train, ranks, tracker)
-    quarantine = LineLog(run_dir / "quarantine.jsonl")
+    refusals = Refusals(run_dir, inputs, config.train.max_refused, ranks)
+    refusals.open(state.step + 1)
 
     def save(best: bool) -> None:
+        refusals.agree()
         position = state.step * order.batch_size
         about = asdict(state) | {
             "position": position,
@@ -91,7 +80,8 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
             "taxonomy": inputs.encode.taxonomy.to_json(),
             "tracker_run_id": tracker.run_id,
         }
-        save_checkpoint(run_dir, engine, about, keep_last=config.checkpoint.keep_last, best=best)
+        attached = {FILE_NAME: inputs.refused.encode()}
+        save_checkpoint(run_dir, engine, about, attached, keep_last=config.checkpoint.keep_last, best=best)
 
     loader = TrainLoader(
         inputs.reader,
@@ -103,7 +93,7 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         num_workers=config.train.num_workers,
         start_step=state.step + 1,
         end_step=last_step,
-        on_refused=quarantine.write,
+        on_refused=refusals.write,
     )
     loop = TrainLoop(
         config,
@@ -113,32 +103,15 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         state,
         last_step=last_step,
         log=log,
-        quarantine=quarantine,
-        validate=open_validation(config, engine, inputs.encode, inputs.folder, log, quarantine.write),
+        refusals=refusals,
+        validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
         save=save,
     )
     try:
         loop.run()
     finally:
         log.close()
-        quarantine.close()
-
-
-def _open_inputs(config: Config, run_dir: Path, ranks: Ranks) -> Inputs:
-    """Shards that are those of the manifest, and the same order on every rank."""
-    taxonomy = Taxonomy.from_config(config.taxonomy)
-    folder = ShardFolder.open(config.shards_location, config.data.cache)
-    folder.manifest.check_taxonomy(taxonomy)
-    ranks.on_first(folder.check_files)
-    encode = PostEncoder(config.model, taxonomy)
-    now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
-
-    def count_lengths() -> None:
-        plan_training(config, folder, run_dir, encode, now, speak=True)
-
-    ranks.on_first(count_lengths)
-    reader, order = plan_training(config, folder, run_dir, encode, now)
-    return Inputs(folder, encode, reader, order)
+        refusals.close()
 
 
 def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None) -> Engine:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crossguard.configs.schema.checks import above, at_least, one_of
+from crossguard.configs.schema.mixing import MixingConfig
 
 SOURCES = ("jsonl", "table", "hf", "webdataset", "synthetic")
 
@@ -37,6 +38,8 @@ class DataConfig:
     shards: str | None = None
     # Copies of shards that lie behind a URL.
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # The shares of datasets, languages and policies in training.
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     # At most this many posts, chosen by a hash of their ids, for a first look; by default all.
     limit: int | None = None
     # For table and hf: the folder that media paths start from; by default that of the table.

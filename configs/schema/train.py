@@ -79,14 +79,20 @@ class TrainConfig:
     log_samples: bool = False
     # Stop after this many evaluations without a better `checkpoint.metric`; by default never.
     patience: int | None = None
+    # Share of the samples read that may turn out to be damaged or missing before training stops.
+    max_refused: float = 0.01
     # Move the checkpoints of this run directory aside and start at step 0.
     restart: bool = False
+    # Where shards, seed or mixing changed since the last checkpoint: keep the weights, and draw the steps that are left
+    # from a new order.
+    new_order: bool = False
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "num_workers", "grad_clip", "weight_decay"):
             at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "schedule_steps", "patience"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        within("train.max_refused", self.max_refused, 0, 1)
         within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         within("train.layer_decay", self.layer_decay, 0, 1)
         one_of("train.precision", self.precision, PRECISIONS)

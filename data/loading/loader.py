@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from crossguard.configs.errors import CrossguardError, JobError
 from crossguard.data.curation.governance import refused_at_read
 from crossguard.data.loading.collate import Batch, Encode, EncodedSample, collate
 from crossguard.data.loading.decode import MediaError
-from crossguard.data.loading.order import Redirects, SampleOrder, micro_batches
+from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.reader import SampleError, ShardReader
+from crossguard.data.loading.redirects import Redirects
 from crossguard.data.loading.workers import results, tasks_ahead
 
 # So many unreadable samples in a row are no accident.
@@ -35,6 +36,8 @@ class Task:
     # int64[B] in the sample order; None outside training.
     positions: np.ndarray | None = None
     step: int | None = None
+    # int64[…]: rows that were refused since the loader was made.
+    refused: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Delivery:
 class BatchMaker:
     """Task -> Delivery: reads, decodes, encodes and collates. Sent to the workers.
 
-    With `redirects`, a sample that cannot be used is replaced by the next one of its position's redirects;
-    without, it is left out.
+    With `redirects`, a sample that cannot be used is replaced as if it had been refused before; without, it is left
+    out.
     """
 
     def __init__(self, reader: ShardReader, encode: Encode, redirects: Redirects | None):
@@ -85,22 +88,28 @@ class BatchMaker:
         return Delivery(batch, refused)
 
     def _sample(self, row: int, position: int, task: Task, refused: list[dict[str, Any]]) -> EncodedSample | None:
-        others = iter(()) if self.redirects is None else self.redirects.rows(position)
-        tried: set[int] = set()
-        for candidate in islice(chain([row], others), MAX_REDIRECTS):
-            if candidate in tried:
-                continue
-            tried.add(candidate)
-            place = {} if task.step is None else {"step": task.step, "position": position}
-            sample = self._read(candidate, place, refused)
+        place = {} if task.step is None else {"step": task.step, "position": position}
+        sample = self._read(row, place, refused)
+        if sample is None and self.redirects is not None:
+            sample = self._redirected(row, self.redirects.with_refused(task.refused), place, refused)
+        if sample is not None:
+            sample.position = position
+        return sample
+
+    def _redirected(
+        self, row: int, redirects: Redirects, place: dict[str, int], refused: list[dict[str, Any]]
+    ) -> EncodedSample:
+        """The first sample that can be used of those that `row` is redirected to."""
+        bad = row
+        for _ in range(MAX_REDIRECTS):
+            redirects = redirects.with_refused(np.array([bad]))
+            bad = int(redirects.resolve(np.array([row]))[0])
+            sample = self._read(bad, place, refused)
             if sample is not None:
-                sample.position = position
                 return sample
-        if self.redirects is None:
-            return None
         raise JobError(
-            f"{self.reader.place}: {len(tried)} samples of split '{self.reader.split}' in a row cannot be used "
-            f"(position {position}); quarantine.jsonl gives the reasons"
+            f"{self.reader.place}: {MAX_REDIRECTS} samples of split '{self.reader.split}' in a row cannot be used "
+            f"(position {place['position']}); quarantine.jsonl gives the reasons"
         )
 
     def _read(self, row: int, place: dict[str, int], refused: list[dict[str, Any]]) -> EncodedSample | None:
@@ -119,7 +128,7 @@ class BatchMaker:
                 except MediaError as error:
                     rule = str(error)
             reason = rule
-        refused.append({**name, "split": self.reader.split, "stage": stage, **place, "reason": reason})
+        refused.append({**name, "row": row, "split": self.reader.split, "stage": stage, **place, "reason": reason})
         return None
 
 
@@ -165,6 +174,7 @@ class TrainLoader:
         self.steps = range(start_step, end_step + 1)
         self.on_refused = on_refused
         self.maker = BatchMaker(reader, encode, order.redirects)
+        self.known_refused = order.redirects.refused
 
     def __len__(self) -> int:
         """Steps to deliver."""
@@ -183,9 +193,10 @@ class TrainLoader:
         share = self.micro_batch_size * self.accumulation
         for step in self.steps:
             rows, positions = self.order.rows(step), self.order.positions(step)
+            refused = np.setdiff1d(self.order.redirects.refused, self.known_refused, assume_unique=True)
             for start in range(self.rank * share, (self.rank + 1) * share, self.micro_batch_size):
                 micro = slice(start, start + self.micro_batch_size)
-                yield Task(rows[micro], positions[micro], step)
+                yield Task(rows[micro], positions[micro], step, refused)
 
 
 class EvalLoader:

@@ -1,7 +1,7 @@
 """Mixing: from a position to a group and to how often that group was drawn before.
 
-Positions are cut into cycles. In every cycle each group has its exact quota of slots, in an order that is permuted anew;
-when the weights change at a step, the cycle in progress ends there.
+Positions are cut into cycles. In every cycle each group has its exact quota of slots, in an order that is permuted
+anew; when the weights change at a step, the cycle in progress ends there.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Mixing:
             phase = self._phase_at(start)
             first, length = self.phases[phase].start, int(self.phases[phase].quotas.sum())
             cycle, offset = divmod(start - first, length)
-            end = min(stop, first + (cycle + 1) * length, self._end(phase))
+            end = min(stop, first + (cycle + 1) * length)
+            if phase + 1 < len(self.phases):
+                end = min(end, self.phases[phase + 1].start)
             groups, ranks = self._cycle(phase, cycle)
             part = slice(offset, offset + end - start)
             base = self._base[phase] + cycle * self.phases[phase].quotas
@@ -118,9 +120,6 @@ class Mixing:
 
     def _phase_at(self, position: int) -> int:
         return int(np.searchsorted([phase.start for phase in self.phases], position, side="right")) - 1
-
-    def _end(self, phase: int) -> int | float:
-        return self.phases[phase + 1].start if phase + 1 < len(self.phases) else float("inf")
 
     def _drawn(self, phase: int, count: int) -> np.ndarray:
         """int64[G]: draws of each group in the first `count` positions of a phase."""

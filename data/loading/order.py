@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,9 @@ class SampleOrder:
                 self.groups.names, self.groups.sizes.tolist(), self.groups.shards, strict=True
             )
         ]
-        banned = np.unique(np.asarray([] if refused is None else refused, dtype=np.int64))
-        self.redirects = Redirects(layout.strata, seed, banned)
+        self.redirects = Redirects.of(
+            layout.strata, seed, np.asarray([] if refused is None else refused, dtype=np.int64)
+        )
         self.window_batches = max(MIN_WINDOW_BATCHES, min(WINDOW_BATCHES, self._shortest_epoch() // batch_size))
         # The window that was used last: as it is planned, and with its redirects.
         self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -212,17 +214,24 @@ class SampleOrder:
         return self._planned[1], self._planned[2]
 
     def _plan(self, drawn: np.ndarray, start: int) -> np.ndarray:
-        """Rearrange a window by length. Where there is one group, no sample leaves the positions of its epoch."""
+        """Rearrange a window by length, in pieces."""
         assert self.lengths is not None
         lengths = self.lengths[drawn]
-        size = int(self.groups.sizes[0]) if len(self.groups.names) == 1 else start + len(drawn)
-        stop, pieces, begin = start + len(drawn), [], start
-        while begin < stop:
-            end = min(stop, (begin // size + 1) * size)
-            piece = lengths[begin - start : end - start]
-            pieces.append(begin - start + plan_by_length(piece, self.batch_size, begin, self.seed))
-            begin = end
-        return np.concatenate(pieces)
+        cuts = [start, *self._cuts(start, start + len(drawn)), start + len(drawn)]
+        return np.concatenate(
+            [
+                begin - start + plan_by_length(lengths[begin - start : end - start], self.batch_size, begin, self.seed)
+                for begin, end in pairwise(cuts)
+            ]
+        )
+
+    def _cuts(self, start: int, stop: int) -> list[int]:
+        """The positions inside a window that no sample is moved across: where the weights change and, where there is
+        one group, where its epochs end."""
+        phases = [phase.start for phase in self.mixing.phases]
+        size = int(self.groups.sizes[0]) if len(self.groups.names) == 1 else stop
+        epochs = range((start // size + 1) * size, stop, size)
+        return sorted({cut for cut in (*phases, *epochs) if start < cut < stop})
 
     def _drawn_rows(self, start: int, stop: int) -> np.ndarray:
         """int64: the rows at positions [start, stop) of this order, before planning and redirects."""

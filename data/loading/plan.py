@@ -1,30 +1,84 @@
-"""What training reads and in which order: the one construction that the train loop and the preview share."""
+"""What training reads and in which order: the one construction that the train loop and the queries share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
+from crossguard.configs.schema.mixing import OWN
 from crossguard.data.loading.collate import Encode
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.reader import ShardReader
+from crossguard.data.loading.refused import Refused
+from crossguard.data.loading.strata import Layout
 from crossguard.data.shards.folder import ShardFolder
 
 TRAIN_SPLIT = "train"
 
 
+def open_folders(config: Config) -> dict[str, ShardFolder]:
+    """The shards of the recipe and those that are mixed in, by name.
+
+    Raises:
+        UserError: shards are not there, were built with another taxonomy, or have no training split.
+    """
+    locations = {OWN: config.shards_location, **config.data.mixing.datasets}
+    folders = {name: ShardFolder.open(location, config.data.cache) for name, location in locations.items()}
+    for name, folder in folders.items():
+        folder.manifest.check_taxonomy(folders[OWN].manifest.taxonomy)
+        if not folder.manifest.shards_of(TRAIN_SPLIT):
+            where = folder.location if name == OWN else f"data.mixing.datasets.{name}: {folder.location}"
+            raise UserError(f"{where}: no split '{TRAIN_SPLIT}'; it has {', '.join(folder.manifest.splits) or 'none'}")
+    return folders
+
+
 def plan_training(
-    config: Config, folder: ShardFolder, run_dir: Path, encode: Encode, now: float, *, speak: bool = False
+    config: Config,
+    folders: dict[str, ShardFolder],
+    run_dir: Path,
+    encode: Encode,
+    *,
+    refused: Refused | None = None,
+    first_step: int = 1,
+    speak: bool = False,
 ) -> tuple[ShardReader, SampleOrder]:
-    """The training split and its order. Posts that are past their expiry at `now` (seconds since 1970) are redirected.
+    """The training split and its order.
 
     Counts token lengths into `<run_dir>/lengths/` unless they are there: let one rank do so before the others.
 
+    Args:
+        config: the recipe.
+        folders: as `open_folders` gives them.
+        run_dir: where the lengths lie.
+        encode: whose tokens are counted.
+        refused: rows that are not read.
+        first_step: the first step of this order.
+        speak: show progress.
+
     Raises:
-        UserError: there is no training split, or nothing in it may be read.
+        UserError: nothing may be read.
     """
-    reader = ShardReader([folder], TRAIN_SPLIT)
+    reader = ShardReader(list(folders.values()), TRAIN_SPLIT)
     lengths = token_lengths(reader, encode, run_dir / "lengths", config.train.num_workers, speak=speak)
-    expired = reader.expired_rows(now)
-    return reader, SampleOrder(len(reader), config.train.batch_size, config.seed, lengths, expired)
+    layout = Layout.of_shards(
+        [(name, folder.manifest.strata, folder.manifest.shards_of(TRAIN_SPLIT)) for name, folder in folders.items()]
+    )
+    order = SampleOrder(
+        layout,
+        config.train.batch_size,
+        config.seed,
+        config.data.mixing,
+        lengths=lengths,
+        refused=None if refused is None else refused.rows,
+        first_step=first_step,
+    )
+    return reader, order
+
+
+def unreadable_rows(reader: ShardReader, now: float) -> np.ndarray:
+    """int64[…]: rows whose posts have expired at `now` (seconds since 1970), or whose shard is not there."""
+    return np.union1d(reader.expired_rows(now), reader.missing_rows())

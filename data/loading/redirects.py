@@ -9,7 +9,7 @@ refused, the circle of the whole split decides.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,6 +37,15 @@ class Redirects:
     seed: int
     refused: np.ndarray
 
+    # int64[S]: how many of each stratum are refused.
+    per_stratum: np.ndarray
+
+    @classmethod
+    def of(cls, strata: Groups, seed: int, refused: np.ndarray) -> Redirects:
+        """The redirects around `refused`, int64[…] in any order."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls(strata, seed, nothing, np.zeros(len(strata.names), dtype=np.int64)).with_refused(refused)
+
     def __post_init__(self) -> None:
         if len(self.refused) >= self.strata.num_rows:
             raise UserError(f"none of the split's {self.strata.num_rows} samples may be read (expired or refused)")
@@ -50,7 +59,11 @@ class Redirects:
 
     def with_refused(self, rows: np.ndarray) -> Redirects:
         """The same circles, with more refused rows."""
-        return Redirects(self.strata, self.seed, np.union1d(self.refused, rows))
+        new = np.setdiff1d(rows, self.refused)
+        if not len(new):
+            return self
+        more = np.bincount(self.strata.find(new)[0], minlength=len(self.strata.names))
+        return Redirects(self.strata, self.seed, np.union1d(self.refused, new), self.per_stratum + more)
 
     def resolve(self, rows: np.ndarray) -> np.ndarray:
         """int64: each row, or the one that takes its place."""
@@ -80,12 +93,7 @@ class Redirects:
     def _circles(self, rows: np.ndarray) -> np.ndarray:
         """For each row its stratum, or the whole split where the stratum has nothing left."""
         strata, _ = self.strata.find(rows)
-        return np.where(self._refused_in_stratum[strata] == self.strata.sizes[strata], WHOLE_SPLIT, strata)
-
-    @cached_property
-    def _refused_in_stratum(self) -> np.ndarray:
-        strata, _ = self.strata.find(self.refused)
-        return np.bincount(strata, minlength=len(self.strata.names))
+        return np.where(self.per_stratum[strata] == self.strata.sizes[strata], WHOLE_SPLIT, strata)
 
     def _neighbours(self, rows: np.ndarray, circle: int, direction: int) -> np.ndarray:
         """The rows beside `rows` on a circle that all of them are on."""
