@@ -16,13 +16,14 @@ from crossguard.configs.compose import to_schema
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 
-# Fields that may hold a path.
+# Fields that may hold a path, or paths by name.
 PATHS = (
     "run_dir",
     "data.path",
     "data.shards",
     "data.cache.dir",
     "data.media_dir",
+    "data.mixing.datasets",
     "model.text.pretrained",
     "model.text.tokenizer",
     "model.image.pretrained",
@@ -80,6 +81,6 @@ def _relative(value: Any, key: str = "") -> Any:
         return {name: _relative(inner, f"{key}.{name}" if key else name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_relative(inner) for inner in value]
-    if key in PATHS and isinstance(value, str) and os.path.isabs(value):
+    if (key in PATHS or key.rpartition(".")[0] in PATHS) and isinstance(value, str) and os.path.isabs(value):
         return os.path.relpath(value)
     return value
