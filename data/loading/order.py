@@ -30,7 +30,7 @@ STATE_FORMAT = 2
 # Batches planned together by length. On log-normal lengths (sigma .6 to 1) 128 leave 2 % padding, 32 leave 6 %.
 WINDOW_BATCHES = 128
 # Even where a small group comes round more often than that: its repeated posts, being of one length, share batches.
-MIN_WINDOW_BATCHES = 16
+MIN_WINDOW_BATCHES = 32
 # What the parts of the state are called where the user sets them.
 STATE_NAMES = {
     "format": "format of the state",
