@@ -127,7 +127,6 @@ def test_own_metrics_get_binary_known_labels(tmp_path: Path, monkeypatch: pytest
         "def brier(labels, scores):\n"
         "    assert set(labels.tolist()) == {0, 1}\n"
         "    return ((labels - scores) ** 2).mean()\n"
-        "def auroc(labels, scores): return 1.0\n"
         "def undefined(labels, scores): return float('nan')\n"
         "def nothing(labels, scores): pass\n"
     )
@@ -141,7 +140,6 @@ def test_own_metrics_get_binary_known_labels(tmp_path: Path, monkeypatch: pytest
     assert measured["policies"]["hate"]["all"]["brier"] == pytest.approx(expected)
     assert "brier" in measured["macro"]
     for name, message in {
-        "auroc": "is taken",
         "undefined": "must return a finite number",
         "nothing": "must return a finite number",
         "breir": "did you mean 'brier'",

@@ -14,7 +14,7 @@ import numpy as np
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.own_parts import load_own
-from crossguard.configs.schema import EvaluationConfig
+from crossguard.configs.schema.evaluation import COUNTS, EvaluationConfig
 from crossguard.train.evaluation.predictions import Predictions
 
 # Called with binary labels int64 [n] and scores float64 [n].
@@ -22,7 +22,6 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 POSITIVE_FROM = 0.5
 TARGET_PRECISION = 0.9
-COUNTS = ("n", "positives", "insufficient")
 
 
 def evaluate_predictions(predictions: Predictions, config: EvaluationConfig) -> dict[str, Any]:
@@ -73,8 +72,6 @@ def metrics_of(config: EvaluationConfig) -> dict[str, Metric]:
     }
     for spec in config.metrics:
         name = spec.partition(":")[2]
-        if name in metrics or name in COUNTS:
-            raise UserError(f"evaluation.metrics: {spec}: the name '{name}' is taken; rename the function")
         metrics[name] = load_own(spec, "evaluation.metrics")
     return metrics
 
