@@ -62,12 +62,8 @@ def build_shards(
         JobError: another build is at work in the folder, a process died, or the disk failed. What is done is kept.
     """
     taxonomy = Taxonomy.from_config(config.taxonomy)
-    if config.data.path is None and (shards_dir / manifests.FILE_NAME).exists() and config.data.source != "synthetic":
-        # Shards that were built elsewhere: the posts need not be here.
-        finished = Manifest.load(shards_dir)
-        finished.check_taxonomy(taxonomy)
-        return finished
-    splitter = Splitter(config.build.splits)
+    if elsewhere := _built_elsewhere(config, shards_dir, taxonomy):
+        return elsewhere
     source = source or open_source(config.data, taxonomy, config.seed)
     inputs = _inputs_hash(config, taxonomy, source)
     existing = _existing(shards_dir, inputs)
@@ -75,12 +71,11 @@ def build_shards(
         return existing
     try:
         with Workspace(shards_dir) as workspace:
-            existing = _existing(shards_dir, inputs)
-            if existing:
+            if existing := _existing(shards_dir, inputs):
                 return existing
             plan = _unfinished(workspace, inputs)
             if plan is None:
-                plan = _scan(config, workspace, source, taxonomy, splitter, inputs, time.time() if now is None else now)
+                plan = _scan(config, workspace, source, taxonomy, inputs, time.time() if now is None else now)
             done = _write(plan, shards_dir, config.build.num_workers)
             _quarantine(quarantine_path, done)
             _check_refused(done, plan, config.build.max_refused, quarantine_path)
@@ -90,6 +85,16 @@ def build_shards(
         raise JobError("build: a writing process was killed (out of memory?); start again, it goes on") from None
     except OSError as error:
         raise JobError(f"build: {error.strerror}: {error.filename or shards_dir}; start again, it goes on") from error
+
+
+def _built_elsewhere(config: Config, shards_dir: Path, taxonomy: Taxonomy) -> Manifest | None:
+    """Shards that are there already, where nothing says where their posts are."""
+    known_posts = config.data.path is not None or config.data.source == "synthetic"
+    if known_posts or not (shards_dir / manifests.FILE_NAME).exists():
+        return None
+    finished = Manifest.load(shards_dir)
+    finished.check_taxonomy(taxonomy)
+    return finished
 
 
 def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
@@ -146,14 +151,13 @@ def _scan(
     workspace: Workspace,
     source: Source,
     taxonomy: Taxonomy,
-    splitter: Splitter,
     inputs: str,
     now: float,
 ) -> Plan:
     """Read, check and spool all posts, and plan their shards."""
     spool = spools.SpoolWriter(workspace.path / spools.FILE_NAME, taxonomy.names)
     try:
-        scan(source, taxonomy, splitter, spool, now, config.build.max_errors_listed)
+        scan(source, taxonomy, Splitter(config.build.splits), spool, now, config.build.max_errors_listed)
     finally:
         spool.close()
     plan, rows = make_plan(spool, taxonomy.names, inputs, config.data.limit, config.build.samples_per_shard)
