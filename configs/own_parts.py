@@ -6,12 +6,15 @@ import ast
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.suggest import did_you_mean
+
+T = TypeVar("T")
 
 
 def find_own(spec: str, key: str) -> None:
@@ -45,6 +48,22 @@ def load_own(spec: str, key: str) -> Any:
     if not hasattr(module, name):
         raise _no_such_name(spec, key, vars(module))
     return getattr(module, name)
+
+
+def naming(part: Callable[..., T], setting: str) -> Callable[..., T]:
+    """A part of the user's own, whose errors name the setting that brought it in."""
+
+    def call(*arguments: Any) -> T:
+        try:
+            return part(*arguments)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            # Below this frame lies the user's; there is none where the arguments do not fit.
+            frames = traceback.extract_tb(error.__traceback__)[1:2]
+            place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+            raise UserError(f"{setting}: raised {type(error).__name__}{place} ({reason})") from error
+
+    return call
 
 
 def _names_in(source: Path) -> set[str] | None:

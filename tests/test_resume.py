@@ -195,6 +195,17 @@ def test_restart_moves_the_old_run_aside(folder: Path) -> None:
     assert len(lines_of(run_dir / "metrics.jsonl.moved-1")) == 2
 
 
+def test_posts_without_any_known_label_are_refused(folder: Path) -> None:
+    unlabeled = folder / "unlabeled.jsonl"
+    posts = [json.loads(line) for line in (folder / "posts.jsonl").read_text().splitlines()]
+    unlabeled.write_text("\n".join(json.dumps(post | {"labels": {"spam": None}}) for post in posts))
+    own = [f"data.path={unlabeled}", f"data.shards={folder / 'unlabeled'}"]
+    config = compose(arguments(folder, "unlabeled-run", *own))
+    build_shards(config, folder / "unlabeled", folder / "quarantine.jsonl")
+    with pytest.raises(UserError, match="none of the 110 training posts has a known label"):
+        run_training(config, alone())
+
+
 def test_a_loss_that_is_not_finite_stops_the_job(folder: Path) -> None:
     config = compose(arguments(folder, "diverged", "train.lr=1e30", "train.grad_clip=0", "train.warmup_steps=0"))
     with pytest.raises(JobError, match=r"is nan|is inf"):

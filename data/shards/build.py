@@ -66,19 +66,19 @@ def build_shards(
         return elsewhere
     source = source or open_source(config.data, taxonomy, config.seed)
     inputs = _inputs_hash(config, taxonomy, source)
-    existing = _existing(shards_dir, inputs)
+    existing = _existing(shards_dir, inputs, taxonomy)
     if existing and not Workspace(shards_dir).path.exists():
         return existing
     try:
         with Workspace(shards_dir) as workspace:
-            if existing := _existing(shards_dir, inputs):
+            if existing := _existing(shards_dir, inputs, taxonomy):
                 return existing
             plan = _unfinished(workspace, inputs)
             if plan is None:
                 plan = _scan(config, workspace, source, taxonomy, inputs, time.time() if now is None else now)
             done = _write(plan, shards_dir, config.build.num_workers)
             _quarantine(quarantine_path, done)
-            _check_refused(done, plan, config.build.max_refused, quarantine_path)
+            _check_refused(done, plan, config, quarantine_path)
             workspace.remove_empty_splits(plan)
             return _manifest(plan, taxonomy, done).save(shards_dir, workspace.path)
     except BrokenProcessPool:
@@ -118,16 +118,17 @@ def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def _existing(shards_dir: Path, inputs: str) -> Manifest | None:
+def _existing(shards_dir: Path, inputs: str, taxonomy: Taxonomy) -> Manifest | None:
     """The shards of these inputs, if they are finished.
 
     Raises:
-        UserError: the folder holds shards of other inputs.
+        UserError: the folder holds shards of another taxonomy, or of other posts or settings.
     """
     if not (shards_dir / manifests.FILE_NAME).exists():
         return None
     found = Manifest.load(shards_dir)
     if found.inputs != inputs:
+        found.check_taxonomy(taxonomy)
         raise UserError(
             f"{shards_dir}: holds shards of other posts or settings, which are never overwritten; "
             "remove the folder, or choose another one with data.shards=DIR"
@@ -213,13 +214,15 @@ def _quarantine(path: Path, done: list[DoneShard]) -> None:
         write_atomic(path, b"".join(line + b"\n" for line in [*ours, *others]))
 
 
-def _check_refused(done: list[DoneShard], plan: Plan, max_refused: float, quarantine_path: Path) -> None:
+def _check_refused(done: list[DoneShard], plan: Plan, config: Config, quarantine_path: Path) -> None:
     refused = [post for shard in done for post in shard.refused]
-    if len(refused) > max_refused * plan.posts:
+    if len(refused) > config.build.max_refused * plan.posts:
         first = refused[0]
+        start = f"data.media_dir={config.data.media_dir}" if config.data.media_dir else "the folder of the posts' file"
         raise UserError(
             f"{first['place']}: {first['reason']}; {len(refused)} of {plan.posts} posts are refused for such media, "
-            f"more than build.max_refused={max_refused}; all are named in {quarantine_path}"
+            f"more than build.max_refused={config.build.max_refused}; paths start from {start}; all are named in "
+            f"{quarantine_path}"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.own_parts import load_own
+from crossguard.configs.own_parts import load_own, naming
 from crossguard.configs.schema.evaluation import COUNTS, EvaluationConfig
 from crossguard.train.evaluation.predictions import Predictions
 
@@ -70,9 +70,9 @@ def metrics_of(config: EvaluationConfig) -> dict[str, Metric]:
         "auroc": roc_auc_score,
         "recall_at_precision_90": recall_at_precision,
     }
-    for spec in config.metrics:
-        name = spec.partition(":")[2]
-        metrics[name] = load_own(spec, "evaluation.metrics")
+    for number, spec in enumerate(config.metrics):
+        key = f"evaluation.metrics[{number}]"
+        metrics[spec.partition(":")[2]] = naming(load_own(spec, key), f"{key}={spec}")
     return metrics
 
 
