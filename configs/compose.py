@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crossguard.configs.arguments import Arguments, prepare
+from crossguard.configs.encoder_names import check_folders, check_settings
 from crossguard.configs.errors import UserError
+from crossguard.configs.freeze_patterns import check_patterns
 from crossguard.configs.keys import GROUPS, check_file_keys
 from crossguard.configs.own_parts import find_own
 from crossguard.configs.recipe_files import PACKAGE, find_recipe, own_configs
@@ -56,6 +58,7 @@ def composition(argv: list[str]) -> Composition:
     plain.run_dir = plain.run_dir or f"runs/{recipe_file.stem}"
     config = to_schema(plain)
     _find_own_parts(config)
+    _check_model(config)
     return Composition(config, arguments, recipe_file, choices)
 
 
@@ -93,6 +96,17 @@ def _find_own_parts(config: Config) -> None:
     for key, spec in parts.items():
         if spec and ":" in spec:
             find_own(spec, key)
+
+
+def _check_model(config: Config) -> None:
+    """What only transformers and the built model know for sure; importing and building them takes seconds."""
+    for modality in config.model.modalities:
+        encoder = config.model.text if modality == "text" else config.model.image
+        if encoder.config:
+            check_settings(encoder.config, f"model.{modality}.config")
+            encoder.check_sizes()
+        check_folders(encoder, f"model.{modality}")
+    check_patterns(config.train.freeze, config.model)
 
 
 def _register(recipe_file: Path) -> None:

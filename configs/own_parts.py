@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.suggest import did_you_mean
 
+T = TypeVar("T")
+
 
 def find_own(spec: str, key: str) -> None:
-    """Check, without importing it, that the module of `module:name` can be found.
+    """Check, without importing it, that the module of `module:name` can be found and has the name.
 
     Raises:
-        UserError: the module is on no import path.
+        UserError: the module is on no import path, or its source shows that it has no such name.
     """
     module_name, _, name = spec.partition(":")
     _see_working_directory()
     try:
-        found = bool(module_name and name) and importlib.util.find_spec(module_name) is not None
+        found = importlib.util.find_spec(module_name) if module_name and name else None
     except (ImportError, ValueError):
-        found = False
-    if not found:
+        found = None
+    if found is None:
         raise UserError(f"{key}={spec}: no module '{module_name}' is importable from here; write module:name")
+    names = _names_in(Path(found.origin)) if found.origin and found.origin.endswith(".py") else None
+    if names is not None and name not in names:
+        raise _no_such_name(spec, key, names)
 
 
 def load_own(spec: str, key: str) -> Any:
@@ -38,9 +46,47 @@ def load_own(spec: str, key: str) -> Any:
     module_name, _, name = spec.partition(":")
     module = importlib.import_module(module_name)
     if not hasattr(module, name):
-        public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
-        raise UserError(f"{key}={spec}: module '{module_name}' has no '{name}'; {did_you_mean(name, public)}")
+        raise _no_such_name(spec, key, vars(module))
     return getattr(module, name)
+
+
+def naming(part: Callable[..., T], setting: str) -> Callable[..., T]:
+    """A part of the user's own, whose errors name the setting that brought it in."""
+
+    def call(*arguments: Any) -> T:
+        try:
+            return part(*arguments)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            # Below this frame lies the user's; there is none where the arguments do not fit.
+            frames = traceback.extract_tb(error.__traceback__)[1:2]
+            place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+            raise UserError(f"{setting}: raised {type(error).__name__}{place} ({reason})") from error
+
+    return call
+
+
+def _names_in(source: Path) -> set[str] | None:
+    """Every name that a module's source gives to anything; None where only running it shows."""
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{source}: cannot be imported ({error})") from None
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return None if names & {"*", "__getattr__", "globals"} else names
+
+
+def _no_such_name(spec: str, key: str, names: Iterable[str]) -> UserError:
+    module_name, _, name = spec.partition(":")
+    public = [known for known in names if not known.startswith("_")]
+    return UserError(f"{key}={spec}: module '{module_name}' has no '{name}'; {did_you_mean(name, public)}")
 
 
 def _see_working_directory() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.suggest import did_you_mean
+from crossguard.configs.suggest import did_you_mean, nearest
 
 PACKAGE = Path(__file__).parent
 YAML_ENDINGS = (".yaml", ".yml")
@@ -32,7 +32,10 @@ def find_recipe(name: str) -> Path:
     if name.endswith(YAML_ENDINGS):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"recipe={name}: no such file")
+            beside = {file.stem: file for file in path.parent.glob("*") if file.suffix in YAML_ENDINGS}
+            match = nearest(path.stem, beside)
+            hint = f"; did you mean '{beside[match]}'?" if match else ""
+            raise UserError(f"recipe={name}: no such file{hint}")
         return path
     recipes = available_recipes()
     if name not in recipes:

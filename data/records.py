@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from crossguard.configs.schema.build import SPLIT_NAME
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.taxonomy import Taxonomy
 
@@ -24,8 +25,7 @@ OBJECT_FIELDS = ("labels", "severity", "meta")
 FIELDS = frozenset(MEDIA_FIELDS + TEXT_FIELDS + FLAG_FIELDS + OBJECT_FIELDS)
 
 UNDETERMINED = "und"  # BCP 47's tag for a language that nobody named
-# A split names a folder of shards, a language half of a stratum: neither may hold separators.
-SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# Half of the name of a stratum, which may hold no separators.
 LANGUAGE_TAG = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
 
 _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode

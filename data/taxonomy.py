@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from crossguard.configs.errors import UserError
 from crossguard.configs.schema.taxonomy import TaxonomyConfig
-
-# What a stratum is called whose posts violate no policy; no policy may take this name.
-BENIGN = "benign"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +30,7 @@ class Taxonomy:
 
     @classmethod
     def from_config(cls, config: TaxonomyConfig) -> Taxonomy:
-        """The taxonomy that a recipe names.
-
-        Raises:
-            UserError: a policy has the name that strata use for posts without a violation.
-        """
-        if any(policy.name == BENIGN for policy in config.policies):
-            raise UserError(f"taxonomy.policies: '{BENIGN}' is no policy: it is a post whose labels are all 0")
+        """The taxonomy that a recipe names."""
         policies = tuple(Policy(p.name, p.description, p.dsa_category) for p in config.policies)
         return cls(config.name, str(config.version), policies)
 

@@ -25,14 +25,14 @@ def build(job: Job) -> None:
 
 def train(job: Job) -> None:
     """Train on the ranks of the launcher; goes on by itself where a run directory has checkpoints."""
-    _need_shards(job)
+    check_splits(job, training=True)
     check_ranks(job)
     launch(["stage=train", *job.arguments], job.config.launcher)
 
 
 def evaluate(job: Job) -> None:
     """Score every held-out split and write the report."""
-    _need_shards(job)
+    check_splits(job)
     _need_checkpoint(job, "evaluate")
     launch(["stage=evaluate", *job.arguments], job.config.launcher)
     print(f"evaluate: report -> {job.run_dir / 'report' / 'report.html'}", flush=True)
@@ -58,9 +58,18 @@ def check_ranks(job: Job) -> None:
         check_resumable(saved, as_plain(config), config.run_dir, new_order=config.train.new_order)
 
 
-def _need_shards(job: Job) -> None:
+def check_splits(job: Job, *, training: bool = False) -> None:
+    """Whether the shards are there and have the splits that the configuration names, before hours of training."""
+    from crossguard.data.shards.manifest import Manifest
+    from crossguard.train.evaluation.splits import check_trained_splits, evaluated_splits
+
     if not job.has_shards:
         raise UserError(f"{job.shards_dir}: no shards here; run `crossguard build` with the same arguments first")
+    manifest = Manifest.load(job.shards_dir)
+    if training:
+        check_trained_splits(job.config, manifest)
+    if not training or job.config.evaluation.splits:
+        evaluated_splits(job.config, manifest)
 
 
 def _need_checkpoint(job: Job, stage: str) -> None:

@@ -52,13 +52,22 @@ class Watched(dict):
 
 
 def _model_keys(model: Any) -> dict[str, Any]:
-    """Field names (or their aliases) of a pydantic model, nested."""
+    """Field names (or their aliases) of a pydantic model, nested, with the kind of value that they take."""
     keys = {}
     for name, field in type(model).model_fields.items():
         value = getattr(model, name, None)
         nested = _annotated_model(field.annotation) if value is None else value
-        keys[field.alias or name] = _model_keys(nested) if hasattr(type(nested), "model_fields") else None
+        block = hasattr(type(nested), "model_fields")
+        keys[field.alias or name] = _model_keys(nested) if block else _kind(field.annotation)
     return keys
+
+
+def _kind(annotation: Any) -> str | None:
+    """What a value must look like: "number", "bool", or anything."""
+    types = {annotation, *getattr(annotation, "__args__", ())} - {type(None)}
+    if any(getattr(part, "__args__", None) for part in types):
+        types -= {annotation}
+    return "bool" if types == {bool} else "number" if types and types <= {int, float} else None
 
 
 def _annotated_model(annotation: Any) -> Any:
@@ -72,7 +81,7 @@ def _annotated_model(annotation: Any) -> Any:
 
 
 def installed_keys() -> dict[str, Any]:
-    """Every valid key: top-level names to None, or to the names inside the block."""
+    """Every valid key: names to the kind of their value (None is any), or to the names inside the block."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.config import DeepSpeedConfig
 

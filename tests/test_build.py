@@ -220,6 +220,14 @@ def media_posts(tmp_path: Path) -> Path:
     return write_lines(folder / "p.jsonl", records)
 
 
+def test_shards_of_another_taxonomy_are_refused_as_such(tmp_path: Path) -> None:
+    config = make_config(write_lines(tmp_path / "p.jsonl", make_posts(10)))
+    build(config, tmp_path)
+    config.taxonomy.version = "2"
+    with pytest.raises(UserError, match="taxonomy: the shards were built with 'test' version 1, the recipe names"):
+        build(config, tmp_path)
+
+
 def test_bad_media_are_left_out_and_quarantined(media_posts: Path, tmp_path: Path) -> None:
     quarantine = tmp_path / "run/quarantine.jsonl"
     quarantine.parent.mkdir()
@@ -229,14 +237,21 @@ def test_bad_media_are_left_out_and_quarantined(media_posts: Path, tmp_path: Pat
     assert sum(manifest.splits.values()) == 20
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["bad cut.jpg", "bad empty.mp4", "bad gone.png", "bad really.png", "x"]
-    assert lines[2] == {"id": "bad gone.png", "place": "p.jsonl:22", "reason": "image: missing", "stage": "build"}
-    assert lines[1]["reason"] == "video: empty"
+    assert lines[2] == {
+        "id": "bad gone.png",
+        "place": "p.jsonl:22",
+        "reason": "image 'gone.png': missing",
+        "stage": "build",
+    }
+    assert lines[1]["reason"] == "video 'empty.mp4': empty"
 
 
 def test_too_many_bad_media_fail_the_build(media_posts: Path, tmp_path: Path) -> None:
     message = build_error(media_posts, tmp_path, max_refused=0.1, num_workers=2, samples_per_shard=4)
     assert "4 of 24 posts are refused" in message
     assert "build.max_refused=0.1" in message
+    assert "p.jsonl:24: video 'empty.mp4': empty" in message
+    assert "paths start from the folder of the posts' file" in message
     assert len((tmp_path / "failed/quarantine.jsonl").read_text().splitlines()) == 4
 
 

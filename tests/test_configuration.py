@@ -7,14 +7,15 @@ import json
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from crossguard.configs import recipe_files
+from crossguard.configs import deepspeed_keys, encoder_names, recipe_files
 from crossguard.configs.arguments import prepare, take
 from crossguard.configs.compose import compose
-from crossguard.configs.deepspeed_keys import snapshot
 from crossguard.configs.describe import describe
 from crossguard.configs.errors import UserError
 from crossguard.configs.keys import GROUPS, describe_fields
@@ -106,7 +107,47 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
         (["zero=4"], r"zero=4: no such choice; allowed: 0, 1, 2, 3"),
         (["zero.deepspeed.gradient_cliping=1"], r"gradient_cliping: .*did you mean 'gradient_clipping'\?"),
         (["zero.deepspeed.zero_optimization.stge=1"], r"zero_optimization.stge: .*did you mean 'stage'\?"),
+        (["zero.deepspeed.zero_optimization.overlap_comm=maybe"], r"overlap_comm=maybe: must be true or false"),
+        (["zero.deepspeed.zero_optimization.reduce_bucket_size=big"], r"reduce_bucket_size=big: must be a number"),
         (["build.splits={train: 0.5}"], r"build.splits.*add up to 1"),
+        (["build.splits={../train: 1.0}"], r"build.splits: name '../train': use letters"),
+        (["taxonomy.policies=[{name: benign}]"], r"taxonomy.policies: 'benign' is no policy"),
+        (
+            ["model.text.config.hidden_sise=3"],
+            r"config.hidden_sise: no setting of modernbert; did you mean 'hidden_size'",
+        ),
+        (["model.text.config.hidden_size=big"], r"model.text.config.hidden_size=big: must be int"),
+        (["model.text.config.model_type=modernbret"], r"model_type=modernbret: unknown; did you mean 'modernbert'\?"),
+        (
+            [
+                "model=inline",
+                "model.text.config={model_type: clip, text_config: {hidden_sise: 4}}",
+                "model.modalities=[text]",
+            ],
+            r"text_config.hidden_sise: no setting of clip_text_model; did you mean 'hidden_size'",
+        ),
+        (
+            ["model=inline", "model.text.config={hidden_size: 4}", "model.modalities=[text]"],
+            r"model_type: missing; e.g. bert",
+        ),
+        (["model.text.max_length=512"], r"model.text.max_length=512: the encoder has only 256 positions"),
+        (["model.text.config.vocab_size=100"], r"vocab_size=100: the tokenizer 'bytes' has 259 tokens"),
+        (["model.image.config.image_size=64"], r"model.image.size=32: the encoder was made for 64"),
+        (["model.text.tokenizer=./nowhere"], r"model.text.tokenizer=./nowhere: no such folder"),
+        (
+            ["model=inline", "model.modalities=[text]", "model.text.pretrained=./empty"],
+            r"pretrained=./empty: .* no model",
+        ),
+        (
+            ["train.freeze=[text.encodr.*]"],
+            r"train.freeze: 'text.encodr.\*' matches no .*; did you mean 'text.encoder.\*'",
+        ),
+        (["train.freeze=[image.encoder.layer.0.*]"], r"did you mean 'image.encoder.layers.0.\*'"),
+        (["train.freeze=['*embedings*']"], r"'\*embedings\*' matches no parameter"),
+        (["train.freeze=['*']"], r"'\*' freezes every parameter"),
+        (["train.loss.name=own_parts_here:los"], r"module 'own_parts_here' has no 'los'; did you mean 'loss'"),
+        (["train.loss.name=nowhere:loss"], r"no module 'nowhere' is importable"),
+        (["evaluation.metrics=['own_parts_here:auroc']"], r"the name 'auroc' is taken"),
         (["model.modalities=[text,smell]"], r"model.modalities=smell.*allowed: text, image"),
         (["evaluation.metrics=[auroc]"], r"evaluation.metrics: 'auroc': write module:function"),
         (["checkpoint.metric=macro.auorc"], r"checkpoint.metric=auorc: did you mean 'auroc'\?"),
@@ -125,9 +166,43 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
 def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
     recipe: str, arguments: list[str], message: str
 ) -> None:
+    Path("own_parts_here.py").write_text("def loss(logits, labels): ...\n")
+    Path("empty").mkdir()
     with pytest.raises(UserError, match=message) as caught:
         compose([recipe, "data.path=x", *arguments])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.freeze=['text.encoder.layers.[0-3].*','*.bias','fusion.*','image.encoder.layers.1?.mlp.fc2.weight']"],
+        ["model.text.config.global_attn_every_n_layers=2", "model.text.config.pad_token_id=null"],
+        # What a hub's encoder or one's own is called inside shows when it is there.
+        ["model=pretrained", "train.freeze=['text.encoder.anything.*']"],
+        ["model=inline", "model.modalities=[text]", "model.text.build=json:loads", "train.freeze=[text.anything]"],
+        ["model=inline", "model.modalities=[text]", "model.text.config={model_type: qwen3, anything: 1}"],
+        ["zero.deepspeed.zero_optimization.reduce_bucket_size=5e7", "zero.deepspeed.steps_per_print=9"],
+    ],
+)
+def test_names_that_may_be_right_are_accepted(recipe: str, arguments: list[str]) -> None:
+    compose([recipe, "data.path=x", *arguments])
+
+
+def test_the_names_in_a_local_folder_s_model_are_known(recipe: str) -> None:
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text(json.dumps({"model_type": "clip"}))
+    pretrained = [recipe, "data.path=x", "model=inline", "model.modalities=[text]", "model.text.pretrained=./mine"]
+    compose([*pretrained, "train.freeze=[text.encoder.embeddings.*]"])
+    with pytest.raises(UserError, match=r"did you mean 'text.encoder.embeddings.\*'"):
+        compose([*pretrained, "train.freeze=[text.encoder.embedings.*]"])
+
+
+def test_a_snapshot_of_another_transformers_leaves_the_judgement_to_the_ranks(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_names, "version", lambda name: "99.0")
+    compose([recipe, "data.path=x", "model.text.config.new_setting=1", "train.freeze=[text.encoder.new.*]"])
 
 
 @pytest.mark.parametrize(
@@ -179,8 +254,10 @@ def test_missing_recipe_and_missing_data(recipe: str) -> None:
         compose([])
     with pytest.raises(UserError, match=r"recipe=quickstrat: no such recipe; did you mean 'quickstart'\?"):
         compose(["recipe=quickstrat"])
-    with pytest.raises(UserError, match="recipe=other.yaml: no such file"):
+    with pytest.raises(UserError, match="recipe=other.yaml: no such file$"):
         compose(["recipe=other.yaml"])
+    with pytest.raises(UserError, match=r"recipe=mime.yaml: no such file; did you mean 'mine.yaml'\?"):
+        compose(["recipe=mime.yaml"])
     with pytest.raises(UserError, match="data.path: not set"):
         compose([recipe])
 
@@ -221,7 +298,16 @@ HEAVY = ("torch", "transformers", "deepspeed", "datasets", "sklearn", "matplotli
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["recipes"], ["run", "recipe=quickstart", "train.lrr=1"], ["nonsense"]]
+    "arguments",
+    [
+        ["--help"],
+        ["recipes"],
+        ["nonsense"],
+        ["run", "recipe=quickstart", "train.lrr=1"],
+        ["train", "recipe=quickstart", "model.text.config.hidden_sise=3"],
+        ["evaluate", "recipe=quickstart", "model.text.config.model_type=modernbret"],
+        ["build", "recipe=quickstart", "train.freeze=[txt.*]"],
+    ],
 )
 def test_help_and_configuration_errors_import_nothing_heavy(arguments: list[str]) -> None:
     program = (
@@ -234,10 +320,21 @@ def test_help_and_configuration_errors_import_nothing_heavy(arguments: list[str]
     assert len(done.stderr.splitlines()) == (status == 2)
 
 
-def test_the_snapshot_of_deepspeed_s_keys_is_that_of_the_installed_version() -> None:
-    program = Path(__file__).with_name("deepspeed_keys.py")
-    code = "import json, deepspeed_keys; print('KEYS' + json.dumps(deepspeed_keys.installed_keys()))"
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=program.parent)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("KEYS"))
-    assert json.loads(line.removeprefix("KEYS")) == snapshot(), f"run `python {program}` and look at what changed"
+@pytest.mark.parametrize(
+    ("script", "call", "committed"),
+    [
+        ("deepspeed_keys", "installed_keys", deepspeed_keys.snapshot),
+        ("encoder_names", "installed_names", encoder_names.snapshot),
+    ],
+)
+def test_a_snapshot_is_that_of_the_installed_version(
+    script: str, call: str, committed: Callable[[], dict[str, Any]]
+) -> None:
+    code = f"import json, {script}; print('NAMES' + json.dumps({script}.{call}()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("NAMES"))
+    assert json.loads(line.removeprefix("NAMES")) == committed(), (
+        f"run `python tests/{script}.py`, look at what changed"
+    )

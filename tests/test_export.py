@@ -23,7 +23,7 @@ from crossguard.train.checkpoint import best_or_latest, load_weights
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import load_bundle, write_bundle
-from crossguard.train.export.predict import predict
+from crossguard.train.export.predict import _workspace, predict
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,13 @@ def test_what_may_not_be_read_is_not_scored_and_what_is_broken_is_named(config: 
     assert sorted(named) == sorted([posts[2]["id"], posts[3]["id"]])
     assert "1 left out (no_consent); 1 left out (expired)" in said
     assert f"2 refused -> {quarantine}" in said
+
+
+def test_what_killed_predictions_left_is_removed_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / ".predict-killed" / "shards").mkdir(parents=True)
+    with _workspace(tmp_path) as first, _workspace(tmp_path) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_posts_are_all_listed_and_nothing_is_written(config: Config) -> None:

@@ -55,7 +55,7 @@ def test_functions_stay_short_enough_to_read() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
-                if lines > 60:
+                if lines > 50:
                     long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines")
     assert long == []
 

@@ -127,9 +127,10 @@ def test_own_metrics_get_binary_known_labels(tmp_path: Path, monkeypatch: pytest
         "def brier(labels, scores):\n"
         "    assert set(labels.tolist()) == {0, 1}\n"
         "    return ((labels - scores) ** 2).mean()\n"
-        "def auroc(labels, scores): return 1.0\n"
         "def undefined(labels, scores): return float('nan')\n"
         "def nothing(labels, scores): pass\n"
+        "def broken(labels, scores): return labels[10_000]\n"
+        "def lonely(labels): return 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
@@ -141,9 +142,10 @@ def test_own_metrics_get_binary_known_labels(tmp_path: Path, monkeypatch: pytest
     assert measured["policies"]["hate"]["all"]["brier"] == pytest.approx(expected)
     assert "brier" in measured["macro"]
     for name, message in {
-        "auroc": "is taken",
         "undefined": "must return a finite number",
         "nothing": "must return a finite number",
+        "broken": r"evaluation.metrics\[0\]=my_metrics:broken: raised IndexError at my_metrics.py:6 \(index 10000",
+        "lonely": r"evaluation.metrics\[0\]=my_metrics:lonely: raised TypeError \(lonely\(\) takes 1 positional",
         "breir": "did you mean 'brier'",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -147,6 +147,9 @@ def squared(logits, labels):
 
 def averaged(logits, labels):
     return squared(logits, labels).mean()
+
+def broken(logits, labels):
+    return logits @ labels
 """
 
 
@@ -165,6 +168,10 @@ def test_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         UserError, match=r"train\.loss\.name=my_losses_of_test:averaged: returns shape \[\] .* each element"
     ):
         averaged(logits, torch.zeros(1, 2))
+    with pytest.raises(
+        UserError, match=r"name=my_losses_of_test:broken: raised RuntimeError at my_losses_of_test.py:10 \("
+    ):
+        build_objective(LossConfig("my_losses_of_test:broken"))(logits, torch.zeros(1, 2))
     with pytest.raises(UserError, match=r"train\.loss\.name=.*:squarred: .* did you mean 'squared'"):
         build_objective(LossConfig("my_losses_of_test:squarred"))
     with pytest.raises(UserError, match=r"train\.loss\.name=fokal: .*focal"):

@@ -28,9 +28,10 @@ from crossguard.train.run_lock import run_lock
 from crossguard.train.training import run_training
 
 HERE = Path(__file__).parent
-STEPS = 24
+STEPS, KILLED_AT = 20, 10
 STAGES = range(4)
-MULTI = [f"train.max_steps={STEPS}", "train.schedule_steps=24"]
+SCHEDULE = [f"train.schedule_steps={STEPS}", f"checkpoint.every_steps={KILLED_AT}"]
+MULTI = [f"train.max_steps={STEPS}", *SCHEDULE]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
-    """For each stage a run of 24 steps, and one that was killed after step 8 and then went on; all on 2 ranks."""
+    """For each stage a run of 20 steps, and one of 10 that was killed and then went on for 10; all on 2 ranks."""
     with contextlib.ExitStack() as started:
         runs = [started.enter_context(endless_run(folder, stage)) for stage in STAGES]
         wait_until(lambda: sum(killed_midway(*run) for run in runs) == len(runs), 150)
@@ -59,7 +60,7 @@ def finished(folder: Path) -> Path:
 def endless_run(folder: Path, stage: int) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """The real entry under torchrun on 2 ranks, and its run directory."""
     run_dir = f"killed-{stage}"
-    overrides = [f"zero={stage}", "train.max_steps=100000", "train.schedule_steps=24"]
+    overrides = [f"zero={stage}", "train.max_steps=100000", *SCHEDULE]
     line = [*torchrun(2, Path("-m")), "crossguard.train", *arguments(folder, run_dir, *overrides)]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE) as launcher:
         yield launcher, folder / run_dir
@@ -67,13 +68,14 @@ def endless_run(folder: Path, stage: int) -> Iterator[tuple[subprocess.Popen[str
 
 
 def killed_midway(launcher: subprocess.Popen[str], run_dir: Path) -> bool:
-    """SIGKILL torchrun, and it alone, once step 9 is done, and see its ranks gone."""
+    """SIGKILL torchrun, and it alone, once the state after step 10 is there, and see its ranks gone."""
     if launcher.returncode is None:
         assert launcher.poll() is None, launcher.stderr and launcher.stderr.read()[-3000:]
-    if launcher.returncode is None and steps_in(run_dir)[-1:] >= [9]:
+    if launcher.returncode is None and latest_checkpoint(run_dir):
         launcher.kill()
         launcher.wait()
         wait_until(lambda: is_free(run_dir / ".lock") and is_free(run_dir / ".lock.ranks"), 10)
+        assert [step_of(path) for path in checkpoints_of(run_dir)] == [KILLED_AT]
     return launcher.returncode is not None
 
 
@@ -130,17 +132,15 @@ def test_stages_agree(finished: Path) -> None:
 def test_run_directory_holds_no_absolute_path(finished: Path) -> None:
     checkpoint = finished / "whole-1" / "checkpoints"
     assert (checkpoint / "latest").read_text() == f"step-{STEPS:08d}"
-    assert sorted(path.name for path in checkpoint.iterdir()) == ["latest", "step-00000020", "step-00000024"]
-    assert f'"{finished}' not in (checkpoint / "step-00000024" / "state.json").read_text()
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["latest", "step-00000010", "step-00000020"]
+    assert f'"{finished}' not in (checkpoint / "step-00000020" / "state.json").read_text()
 
 
 def test_goes_on_with_one_rank_and_another_stage(finished: Path) -> None:
     """The order of samples goes on where it was, and the loss stays that of the first run."""
-    config = compose(
-        arguments(finished, "whole-2", "zero=3", f"train.max_steps={STEPS + 2}", "train.schedule_steps=24")
-    )
-    run_training(config, alone())
-    fresh = compose(arguments(finished, "alone", f"train.max_steps={STEPS + 2}", "train.schedule_steps=24"))
+    longer = [f"train.max_steps={STEPS + 2}", *SCHEDULE]
+    run_training(compose(arguments(finished, "whole-2", "zero=3", *longer)), alone())
+    fresh = compose(arguments(finished, "alone", *longer))
     run_training(fresh, alone())
     ids = {line["step"]: line["ids"] for line in lines_of(finished / "whole-2" / "samples" / "rank-00000.jsonl")}
     expected = {line["step"]: line["ids"] for line in lines_of(finished / "alone" / "samples" / "rank-00000.jsonl")}
@@ -153,7 +153,7 @@ def test_a_finished_job_does_nothing(finished: Path, capsys: pytest.CaptureFixtu
     before = (finished / "whole-0" / "metrics.jsonl").read_bytes()
     run_training(compose(arguments(finished, "whole-0", *MULTI)), alone())
     assert (finished / "whole-0" / "metrics.jsonl").read_bytes() == before
-    assert "done before, at step 24" in capsys.readouterr().err
+    assert f"done before, at step {STEPS}" in capsys.readouterr().err
 
 
 def test_other_changes_are_refused(finished: Path) -> None:
@@ -193,6 +193,17 @@ def test_restart_moves_the_old_run_aside(folder: Path) -> None:
     assert (run_dir / "checkpoints.moved-1" / "step-00000002").is_dir()
     assert steps_in(run_dir) == [1, 2]
     assert len(lines_of(run_dir / "metrics.jsonl.moved-1")) == 2
+
+
+def test_posts_without_any_known_label_are_refused(folder: Path) -> None:
+    unlabeled = folder / "unlabeled.jsonl"
+    posts = [json.loads(line) for line in (folder / "posts.jsonl").read_text().splitlines()]
+    unlabeled.write_text("\n".join(json.dumps(post | {"labels": {"spam": None}}) for post in posts))
+    own = [f"data.path={unlabeled}", f"data.shards={folder / 'unlabeled'}"]
+    config = compose(arguments(folder, "unlabeled-run", *own))
+    build_shards(config, folder / "unlabeled", folder / "quarantine.jsonl")
+    with pytest.raises(UserError, match="none of the 110 training posts has a known label"):
+        run_training(config, alone())
 
 
 def test_a_loss_that_is_not_finite_stops_the_job(folder: Path) -> None:

@@ -273,6 +273,19 @@ def test_tars_of_img2dataset(tmp_path: Path) -> None:
     ]
 
 
+def test_a_mapped_field_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        add(tar, "k.json", b'{"txt": "t", "toxicity": 1}')
+        add(tar, "l.json", b'{"txt": "t"}')
+    assert posts(source("webdataset", tmp_path, columns={"text": "txt", "labels.hate": "toxicity"}))[0].labels == {
+        "hate": 1.0
+    }
+    misspelled = source("webdataset", tmp_path, columns={"text": "txt", "labels.hate": "toxicty"})
+    message = r"data.columns.labels.hate=toxicty: no sample has such a field; did you mean 'toxicity'\?"
+    with pytest.raises(UserError, match=message):
+        misspelled.fingerprint()
+
+
 def test_several_images_keep_their_order(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         add(tar, "dir/k.json", b'{"id": "p", "labels": {}}')

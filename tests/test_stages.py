@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from build_job import build, make_config, write_lines
 
+from crossguard.configs.errors import UserError
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import Stage, run_stage
+from crossguard.recipes.work import check_splits
 
 
 @pytest.fixture
@@ -64,3 +68,25 @@ def test_what_arrives_while_a_stage_works_is_work_for_the_next_run(job: Job) -> 
     assert run_stage(copying.stage, job)
     assert copying.written == 2
     assert not run_stage(copying.stage, job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"splits": ["tset"]}, r"evaluation.splits: no split 'tset' in the shards; did you mean 'test'\?"),
+        ({"every_steps": 5}, r"no split 'validation', which evaluation.every_steps needs; they have test, train"),
+    ],
+)
+def test_splits_that_the_shards_lack_are_named_before_any_rank_starts(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    posts = [{"id": f"p{number}", "text": "t", "labels": {}} for number in range(20)]
+    config = make_config(write_lines(tmp_path / "p.jsonl", posts), splits={"train": 0.5, "test": 0.5})
+    config.run_dir = str(tmp_path)
+    build(config, tmp_path)
+    check_splits(Job(config, []), training=True)
+    check_splits(Job(config, []))
+    for name, value in changes.items():
+        setattr(config.evaluation, name, value)
+    with pytest.raises(UserError, match=message):
+        check_splits(Job(config, []), training=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from rank_models import tiny_config
+from rank_models import alone, tiny_config
 
+from crossguard.configs.errors import JobError, Preempted
 from crossguard.configs.schema import Config
 from crossguard.train import tracking
 from crossguard.train.metrics_log import LineLog, cut_after, metrics_file, samples_file
+from crossguard.train.step_log import StepLog
 from crossguard.train.tracking import NullTracker, WandbTracker, mode_of, open_tracker
 
 
@@ -63,10 +66,25 @@ def test_a_tracker_that_never_ends_is_left_behind(config: Config, monkeypatch: p
     tracker = WandbTracker(config, None)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.1)
     forever = threading.Event()
-    run, tracker._run = tracker._run, type("Run", (), {"finish": lambda self: forever.wait()})()
+    run, tracker._run = tracker._run, type("Run", (), {"finish": lambda self, exit_code: forever.wait()})()
     tracker.close()
     forever.set()
     run.finish()
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (JobError("failed"), 1), (Preempted("goes on"), 0)])
+def test_a_failed_job_is_a_failed_run(
+    config: Config, tmp_path: Path, error: Exception | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = open_tracker(config, None, first=True)
+    assert isinstance(tracker, WandbTracker)
+    finished: list[int] = []
+    finish = tracker._run.finish
+    monkeypatch.setattr(tracker._run, "finish", lambda exit_code: (finished.append(exit_code), finish(exit_code)))
+    with suppress(JobError, Preempted), StepLog(tmp_path, config.train, alone(), tracker):
+        if error is not None:
+            raise error
+    assert finished == [status]
 
 
 def test_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from pydantic import ValidationError
 from torch import nn
 
 from crossguard.configs.deepspeed_owned import check_owned
+from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.train.optimizer import build_optimizer, freeze
 from crossguard.train.ranks import Ranks
@@ -30,7 +33,8 @@ class Engine:
         """Place `model` (whole and equal on every rank) on the device and hand it to DeepSpeed.
 
         Raises:
-            UserError: `train.freeze` fits no parameter, or `zero.deepspeed` holds a key that crossguard owns.
+            UserError: `train.freeze` fits no parameter, `zero.deepspeed` holds a key that crossguard owns, or DeepSpeed
+                refuses a value.
         """
         self.ranks = ranks
         self.stage = config.zero.stage
@@ -42,9 +46,11 @@ class Engine:
         if self.stage == 0:
             # DeepSpeed clips without telling the norm here; the gradients are already averaged when the hook runs.
             self.optimizer.register_step_pre_hook(self._clip)
-        self.deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config, ranks.world_size, micro_batch_size)
-        )
+        settings = deepspeed_config(config, ranks.world_size, micro_batch_size)
+        try:
+            self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"zero.deepspeed: DeepSpeed refuses it ({' '.join(str(error).split())[:200]})") from error
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass. Under ZeRO-3 every rank must call it equally often."""

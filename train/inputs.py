@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
         refused: what the checkpoint's order goes around.
 
     Raises:
-        UserError: shards, taxonomy or order do not fit the recipe or the checkpoint, or too many shards are missing.
+        UserError: shards, taxonomy or order do not fit the recipe or the checkpoint, too many shards are missing, or no
+            label is known.
     """
     run_dir = Path(config.run_dir)
     taxonomy = Taxonomy.from_config(config.taxonomy)
@@ -78,6 +80,7 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
     # One clock and one look at the folder decide what is not read.
     rows = ranks.on_first(lambda: unreadable_rows(reader, time.time()))
     inputs.refuse(refused.add(rows, step + 1))
+    ranks.on_first(lambda: _check_labels(reader))
     return inputs
 
 
@@ -106,6 +109,17 @@ def missing_samples(inputs: Inputs, max_refused: float, step: int) -> list[dict[
         # Those that were missing at an earlier start are named already.
         for row in np.intersect1d(rows, refused.rows[refused.since == step]).tolist()
     ]
+
+
+def _check_labels(reader: ShardReader) -> None:
+    """Refuse posts without any known label, whose loss would be 0 from the first step on; one of the first has one."""
+    for row in range(len(reader)):
+        with contextlib.suppress(SampleError):
+            if any(label is not None for label in reader.read_head(row).post["labels"].values()):
+                return
+    raise UserError(
+        f"train: none of the {len(reader)} training posts has a known label; give `labels` to posts of split 'train'"
+    )
 
 
 def _checked_folders(config: Config, taxonomy: Taxonomy) -> dict[str, ShardFolder]:

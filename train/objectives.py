@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.own_parts import load_own
+from crossguard.configs.own_parts import load_own, naming
 from crossguard.configs.schema.train import LossConfig
 
 # (logits float[B, P], labels float[B, P]) -> loss of each element, float[B, P].
@@ -111,5 +111,4 @@ def _elementwise(config: LossConfig) -> Objective:
             gamma_negative=config.gamma_negative,
             margin=config.margin,
         )
-    own: Objective = load_own(config.name, "train.loss.name")
-    return own
+    return naming(load_own(config.name, "train.loss.name"), f"train.loss.name={config.name}")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.freeze_patterns import no_match
 from crossguard.configs.schema import TrainConfig
-from crossguard.configs.suggest import did_you_mean
 
 # The n-th layer of an encoder, in the names that transformers, timm and our own models use.
 _LAYER = re.compile(r"^(text|image)\b.*?\b(?:layers?|blocks?|h|stages?)\.(\d+)\.")
@@ -30,7 +30,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
-            raise UserError(f"train.freeze: '{pattern}' matches no parameter; {did_you_mean(pattern, names)}")
+            raise no_match(pattern, names)
         for name, parameter in model.named_parameters():
             if name in matched:
                 parameter.requires_grad_(False)

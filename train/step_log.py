@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from crossguard.configs.errors import Preempted
 from crossguard.configs.schema import TrainConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.metrics_log import LineLog, metrics_file, samples_file
@@ -58,12 +60,17 @@ class StepLog:
             self._write({"split": split, "step": step, **flat(metrics)})
         self._start_window()
 
-    def close(self) -> None:
-        """Close files and tracker."""
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close files and tracker. A job that was preempted has not failed: it goes on."""
         for log in (self._metrics, self._samples):
             if log is not None:
                 log.close()
-        self._tracker.close()
+        self._tracker.close(failed=error is not None and not isinstance(error, Preempted))
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import TextEncoderConfig
-
-BYTES = "bytes"
+from crossguard.configs.schema.model import BYTE_TOKENS, BYTES, TextEncoderConfig
 
 
 class Tokenizer(Protocol):
@@ -37,7 +35,7 @@ class ByteTokenizer:
     first_id = 1
     last_id = 2
     first_byte_id = 3
-    vocab_size = first_byte_id + 256
+    vocab_size = BYTE_TOKENS
     fingerprint = "bytes-1"
 
     def encode(self, text: str, max_length: int) -> list[int]:

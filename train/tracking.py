@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -31,8 +32,8 @@ class Tracker(Protocol):
         """Numbers of a step."""
         ...
 
-    def close(self) -> None:
-        """The job ends."""
+    def close(self, *, failed: bool = False) -> None:
+        """The job ends, well or not."""
         ...
 
 
@@ -45,7 +46,7 @@ class NullTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Nothing was opened."""
 
 
@@ -81,11 +82,12 @@ class WandbTracker:
         if self._run is not None:
             self._try(lambda: self._run.log(dict(metrics), step=step))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Hand over what is left, for a while: an unreachable server must not keep a finished job alive."""
         if self._run is None:
             return
-        finishing = threading.Thread(target=self._try, args=(self._run.finish,), daemon=True)
+        finish = functools.partial(self._run.finish, exit_code=int(failed))
+        finishing = threading.Thread(target=self._try, args=(finish,), daemon=True)
         finishing.start()
         finishing.join(CLOSE_SECONDS)
         if finishing.is_alive():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -66,9 +67,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
 def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, last_step: int, tracker: Tracker) -> None:
     """The steps that are left."""
     run_dir, ranks, order = Path(config.run_dir), engine.ranks, inputs.order
-    log = StepLog(run_dir, config.train, ranks, tracker)
     refusals = Refusals(run_dir, inputs, config.train.max_refused, ranks)
-    refusals.open(state.step + 1)
 
     def save(best: bool) -> None:
         refusals.agree()
@@ -83,35 +82,32 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         attached = {FILE_NAME: inputs.refused.encode()}
         save_checkpoint(run_dir, engine, about, attached, keep_last=config.checkpoint.keep_last, best=best)
 
-    loader = TrainLoader(
-        inputs.reader,
-        order,
-        inputs.encode,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        micro_batch_size=config.train.micro_batch_size,
-        num_workers=config.train.num_workers,
-        start_step=state.step + 1,
-        end_step=last_step,
-        on_refused=refusals.write,
-    )
-    loop = TrainLoop(
-        config,
-        engine,
-        build_objective(config.train.loss),
-        loader,
-        state,
-        last_step=last_step,
-        log=log,
-        refusals=refusals,
-        validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
-        save=save,
-    )
-    try:
-        loop.run()
-    finally:
-        log.close()
-        refusals.close()
+    with StepLog(run_dir, config.train, ranks, tracker) as log, contextlib.closing(refusals):
+        refusals.open(state.step + 1)
+        loader = TrainLoader(
+            inputs.reader,
+            order,
+            inputs.encode,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            micro_batch_size=config.train.micro_batch_size,
+            num_workers=config.train.num_workers,
+            start_step=state.step + 1,
+            end_step=last_step,
+            on_refused=refusals.write,
+        )
+        TrainLoop(
+            config,
+            engine,
+            build_objective(config.train.loss),
+            loader,
+            state,
+            last_step=last_step,
+            log=log,
+            refusals=refusals,
+            validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
+            save=save,
+        ).run()
 
 
 def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None) -> Engine:

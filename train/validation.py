@@ -43,12 +43,7 @@ def open_validation(
     now = engine.ranks.broadcast(time.time())  # One clock decides which posts have expired.
     rows = reader.readable_rows(now)[: config.evaluation.max_validation_posts]
 
-    named: set[str] = set()
-
-    def refuse_once(line: dict[str, Any]) -> None:
-        if (name := str(line.get("id") or line.get("key"))) not in named:
-            named.add(name)
-            on_refused(line)
+    refuse_once = _once(on_refused)
 
     def validate(step: int) -> float | None:
         predictions = score_split(
@@ -74,6 +69,18 @@ def open_validation(
         return value
 
     return validate
+
+
+def _once(on_refused: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Tells of each post the first time alone: every evaluation meets it again."""
+    named: set[str] = set()
+
+    def refuse(line: dict[str, Any]) -> None:
+        if (name := str(line.get("id") or line.get("key"))) not in named:
+            named.add(name)
+            on_refused(line)
+
+    return refuse
 
 
 def _short(metrics: dict[str, Any]) -> dict[str, Any]:

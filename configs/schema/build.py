@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import at_least, within
+
+# A split is a folder of the shards.
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass
@@ -28,5 +32,8 @@ class BuildConfig:
         at_least("build.samples_per_shard", self.samples_per_shard, 1)
         within("build.max_refused", self.max_refused, 0, 1)
         at_least("build.max_errors_listed", self.max_errors_listed, 1)
+        for name in self.splits:
+            if not SPLIT_NAME.fullmatch(name):
+                raise UserError(f"build.splits: name '{name}': use letters, digits, '-' and '_'")
         if any(share < 0 for share in self.splits.values()) or abs(sum(self.splits.values()) - 1) > 1e-6:
             raise UserError(f"build.splits={dict(self.splits)}: the shares must be positive and add up to 1")

@@ -10,6 +10,9 @@ from crossguard.configs.schema.checks import at_least, one_of
 REFERENCES = ("tfidf_logistic_regression",)
 METRICS = ("average_precision", "auroc", "recall_at_precision_90")
 
+# What a cell of metrics.json says beside its metrics.
+COUNTS = ("n", "positives", "insufficient")
+
 
 @dataclass
 class EvaluationConfig:
@@ -37,9 +40,14 @@ class EvaluationConfig:
         at_least("evaluation.min_positives", self.min_positives, 1)
         for name in self.references:
             one_of("evaluation.references", name, REFERENCES)
-        for name in self.metrics:
-            if ":" not in name:
-                raise UserError(f"evaluation.metrics: '{name}': write module:function")
+        taken = [*METRICS, *COUNTS]
+        for spec in self.metrics:
+            name = spec.partition(":")[2]
+            if not name:
+                raise UserError(f"evaluation.metrics: '{spec}': write module:function")
+            if name in taken:
+                raise UserError(f"evaluation.metrics: {spec}: the name '{name}' is taken; rename the function")
+            taken.append(name)
 
 
 def check_metric(path: str, policies: list[str], own: list[str]) -> None:

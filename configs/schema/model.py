@@ -10,6 +10,9 @@ from crossguard.configs.schema.checks import at_least, one_of, within
 
 MODALITIES = ("text", "image")
 POOLINGS = ("mean", "first")
+# The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
+BYTES = "bytes"
+BYTE_TOKENS = 259
 
 
 @dataclass
@@ -35,6 +38,19 @@ class TextEncoderConfig:
         _at_most_one_kind("model.text", self)
         at_least("model.text.max_length", self.max_length, 4)
         one_of("model.text.pooling", self.pooling, POOLINGS)
+
+    def check_sizes(self) -> None:
+        """An encoder that is described here must have a position for every token, and a number for every byte."""
+        positions, numbers = self.config.get("max_position_embeddings"), self.config.get("vocab_size")
+        if isinstance(positions, int) and positions < self.max_length:
+            raise UserError(
+                f"model.text.max_length={self.max_length}: the encoder has only {positions} positions"
+                " (model.text.config.max_position_embeddings)"
+            )
+        if self.tokenizer in (None, BYTES) and isinstance(numbers, int) and numbers < BYTE_TOKENS:
+            raise UserError(
+                f"model.text.config.vocab_size={numbers}: the tokenizer 'bytes' has {BYTE_TOKENS} tokens; leave it out"
+            )
 
 
 @dataclass
@@ -62,6 +78,15 @@ class ImageEncoderConfig:
         at_least("model.image.max_images", self.max_images, 1)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0) <= 0:
             raise UserError("model.image.mean and model.image.std: three numbers each, std above 0")
+
+    def check_sizes(self) -> None:
+        """An encoder that is described here must look at images of `size`."""
+        made_for = self.config.get("image_size", self.size)
+        if isinstance(made_for, int) and made_for != self.size:
+            raise UserError(
+                f"model.image.size={self.size}: the encoder was made for {made_for} (model.image.config.image_size);"
+                " leave that out"
+            )
 
 
 @dataclass

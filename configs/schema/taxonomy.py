@@ -28,6 +28,9 @@ DSA_CATEGORIES = (
     "VIOLENCE",
 )
 
+# What strata call a post without any violation.
+BENIGN = "benign"
+
 
 @dataclass
 class PolicyConfig:
@@ -62,5 +65,7 @@ class TaxonomyConfig:
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise UserError(f"taxonomy.policies: '{doubled[0]}' stands twice")
+        if BENIGN in names:
+            raise UserError(f"taxonomy.policies: '{BENIGN}' is no policy: it is a post whose labels are all 0")
         if not names:
             raise UserError("taxonomy.policies: empty; choose one with taxonomy=NAME or list policies in the recipe")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from crossguard.configs.errors import UserError
-from crossguard.data.records import SPLIT_NAME, Post
+from crossguard.data.records import Post
 
 _HASH_NAME = b"crossguard.split"  # a hash of its own, so that a split says nothing about a post's key
 _RANGE = 1 << 64
@@ -16,13 +15,6 @@ class Splitter:
     """Assigns splits with given shares."""
 
     def __init__(self, shares: Mapping[str, float]):
-        """
-        Raises:
-            UserError: a name that cannot be a folder's.
-        """
-        for name in shares:
-            if not SPLIT_NAME.fullmatch(name):
-                raise UserError(f"build.splits: name '{name}': use letters, digits, '-' and '_'")
         self._ends: list[tuple[float, str]] = []
         end = 0.0
         # Sorted, so that the order in a recipe does not count.

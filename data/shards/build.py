@@ -62,34 +62,39 @@ def build_shards(
         JobError: another build is at work in the folder, a process died, or the disk failed. What is done is kept.
     """
     taxonomy = Taxonomy.from_config(config.taxonomy)
-    if config.data.path is None and (shards_dir / manifests.FILE_NAME).exists() and config.data.source != "synthetic":
-        # Shards that were built elsewhere: the posts need not be here.
-        finished = Manifest.load(shards_dir)
-        finished.check_taxonomy(taxonomy)
-        return finished
-    splitter = Splitter(config.build.splits)
+    if elsewhere := _built_elsewhere(config, shards_dir, taxonomy):
+        return elsewhere
     source = source or open_source(config.data, taxonomy, config.seed)
     inputs = _inputs_hash(config, taxonomy, source)
-    existing = _existing(shards_dir, inputs)
+    existing = _existing(shards_dir, inputs, taxonomy)
     if existing and not Workspace(shards_dir).path.exists():
         return existing
     try:
         with Workspace(shards_dir) as workspace:
-            existing = _existing(shards_dir, inputs)
-            if existing:
+            if existing := _existing(shards_dir, inputs, taxonomy):
                 return existing
             plan = _unfinished(workspace, inputs)
             if plan is None:
-                plan = _scan(config, workspace, source, taxonomy, splitter, inputs, time.time() if now is None else now)
+                plan = _scan(config, workspace, source, taxonomy, inputs, time.time() if now is None else now)
             done = _write(plan, shards_dir, config.build.num_workers)
             _quarantine(quarantine_path, done)
-            _check_refused(done, plan, config.build.max_refused, quarantine_path)
+            _check_refused(done, plan, config, quarantine_path)
             workspace.remove_empty_splits(plan)
             return _manifest(plan, taxonomy, done).save(shards_dir, workspace.path)
     except BrokenProcessPool:
         raise JobError("build: a writing process was killed (out of memory?); start again, it goes on") from None
     except OSError as error:
         raise JobError(f"build: {error.strerror}: {error.filename or shards_dir}; start again, it goes on") from error
+
+
+def _built_elsewhere(config: Config, shards_dir: Path, taxonomy: Taxonomy) -> Manifest | None:
+    """Shards that are there already, where nothing says where their posts are."""
+    known_posts = config.data.path is not None or config.data.source == "synthetic"
+    if known_posts or not (shards_dir / manifests.FILE_NAME).exists():
+        return None
+    finished = Manifest.load(shards_dir)
+    finished.check_taxonomy(taxonomy)
+    return finished
 
 
 def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
@@ -113,16 +118,17 @@ def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def _existing(shards_dir: Path, inputs: str) -> Manifest | None:
+def _existing(shards_dir: Path, inputs: str, taxonomy: Taxonomy) -> Manifest | None:
     """The shards of these inputs, if they are finished.
 
     Raises:
-        UserError: the folder holds shards of other inputs.
+        UserError: the folder holds shards of another taxonomy, or of other posts or settings.
     """
     if not (shards_dir / manifests.FILE_NAME).exists():
         return None
     found = Manifest.load(shards_dir)
     if found.inputs != inputs:
+        found.check_taxonomy(taxonomy)
         raise UserError(
             f"{shards_dir}: holds shards of other posts or settings, which are never overwritten; "
             "remove the folder, or choose another one with data.shards=DIR"
@@ -146,14 +152,13 @@ def _scan(
     workspace: Workspace,
     source: Source,
     taxonomy: Taxonomy,
-    splitter: Splitter,
     inputs: str,
     now: float,
 ) -> Plan:
     """Read, check and spool all posts, and plan their shards."""
     spool = spools.SpoolWriter(workspace.path / spools.FILE_NAME, taxonomy.names)
     try:
-        scan(source, taxonomy, splitter, spool, now, config.build.max_errors_listed)
+        scan(source, taxonomy, Splitter(config.build.splits), spool, now, config.build.max_errors_listed)
     finally:
         spool.close()
     plan, rows = make_plan(spool, taxonomy.names, inputs, config.data.limit, config.build.samples_per_shard)
@@ -209,13 +214,15 @@ def _quarantine(path: Path, done: list[DoneShard]) -> None:
         write_atomic(path, b"".join(line + b"\n" for line in [*ours, *others]))
 
 
-def _check_refused(done: list[DoneShard], plan: Plan, max_refused: float, quarantine_path: Path) -> None:
+def _check_refused(done: list[DoneShard], plan: Plan, config: Config, quarantine_path: Path) -> None:
     refused = [post for shard in done for post in shard.refused]
-    if len(refused) > max_refused * plan.posts:
+    if len(refused) > config.build.max_refused * plan.posts:
         first = refused[0]
+        start = f"data.media_dir={config.data.media_dir}" if config.data.media_dir else "the folder of the posts' file"
         raise UserError(
             f"{first['place']}: {first['reason']}; {len(refused)} of {plan.posts} posts are refused for such media, "
-            f"more than build.max_refused={max_refused}; all are named in {quarantine_path}"
+            f"more than build.max_refused={config.build.max_refused}; paths start from {start}; all are named in "
+            f"{quarantine_path}"
         )
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from crossguard.configs.schema.taxonomy import BENIGN
 from crossguard.data.curation.governance import RULES
 from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import atomic_file, write_atomic
 from crossguard.data.shards.spool import SpoolWriter
-from crossguard.data.taxonomy import BENIGN
 
 _PLAN, _ROWS = "plan.json", "rows.npy"
 OVER_LIMIT = "limit"

@@ -161,14 +161,14 @@ class _SampleReader:
         root, found = self._roots[media["root"]], []
         images = media["images"]
         for number, item in enumerate(images):
-            with _naming("image" if len(images) == 1 else f"images[{number}]"):
+            with _naming("image" if len(images) == 1 else f"images[{number}]", item):
                 data = self._bytes(root, item)
                 extension = image_extension(data)
                 found.append((extension if len(images) == 1 else f"{number}.{extension}", data))
         for name, known in (("video", VIDEO_EXTENSIONS), ("audio", AUDIO_EXTENSIONS)):
             if name in media:
-                with _naming(name):
-                    item = media[name]
+                item = media[name]
+                with _naming(name, item):
                     data = self._bytes(root, item)
                     found.append((clip_extension(data, item if isinstance(item, str) else None, known), data))
         return found
@@ -178,12 +178,13 @@ class _SampleReader:
 
 
 @contextmanager
-def _naming(field: str) -> Iterator[None]:
-    """Puts the name of a field in front of the reason for a refusal."""
+def _naming(field: str, item: str | list[int]) -> Iterator[None]:
+    """Puts the name of a field, and the path that it holds, in front of the reason for a refusal."""
     try:
         yield
     except RefusedMedia as error:
-        raise RefusedMedia(f"{field}: {error}") from None
+        what = f"{field} '{item}'" if isinstance(item, str) else field
+        raise RefusedMedia(f"{what}: {error}") from None
 
 
 def _member(name: str, data: bytes) -> bytes:

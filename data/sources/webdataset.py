@@ -15,6 +15,7 @@ from typing import Any
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.data import DataConfig
+from crossguard.configs.suggest import did_you_mean
 from crossguard.data.records import FIELDS
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from crossguard.data.sources.base import Record, check_settings, fingerprint_records, needed_path
@@ -46,7 +47,12 @@ class WebDatasetSource:
         self.mapped = dict(config.columns)
 
     def records(self) -> Iterator[Record]:
-        """Every sample; its place is `<tar>:<key>`."""
+        """Every sample; its place is `<tar>:<key>`.
+
+        Raises:
+            UserError: at the end, when `data.columns` named a field that no sample has.
+        """
+        self.seen: set[str] = set()
         for path in self.files:
             name = path.relative_to(self.root).as_posix()
             try:
@@ -55,6 +61,10 @@ class WebDatasetSource:
                         yield self._record(f"{name}:{key}", key, sample)
             except (tarfile.TarError, OSError, EOFError) as error:
                 yield Record(name, None, f"tar: cannot be read to its end ({type(error).__name__})")
+        for field, column in self.mapped.items():
+            if self.seen and column not in self.seen:
+                hint = did_you_mean(column, self.seen)
+                raise UserError(f"data.columns.{field}={column}: no sample has such a field; {hint}")
 
     def fingerprint(self) -> str:
         """Hash of the samples, whatever tars they lie in."""
@@ -68,6 +78,7 @@ class WebDatasetSource:
             fields = _fields(sample)
         except ValueError as error:
             return Record(place, None, str(error))
+        self.seen |= fields.keys()
         if self.mapped:
             names = {field for field in fields if field in FIELDS} | set(self.mapped.values())
             fields = self.columns.read(fields, self.columns.targets(sorted(names), place))

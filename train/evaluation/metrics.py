@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.own_parts import load_own
-from crossguard.configs.schema import EvaluationConfig
+from crossguard.configs.own_parts import load_own, naming
+from crossguard.configs.schema.evaluation import COUNTS, EvaluationConfig
 from crossguard.train.evaluation.predictions import Predictions
 
 # Called with binary labels int64 [n] and scores float64 [n].
@@ -22,7 +22,6 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 POSITIVE_FROM = 0.5
 TARGET_PRECISION = 0.9
-COUNTS = ("n", "positives", "insufficient")
 
 
 def evaluate_predictions(predictions: Predictions, config: EvaluationConfig) -> dict[str, Any]:
@@ -71,11 +70,9 @@ def metrics_of(config: EvaluationConfig) -> dict[str, Metric]:
         "auroc": roc_auc_score,
         "recall_at_precision_90": recall_at_precision,
     }
-    for spec in config.metrics:
-        name = spec.partition(":")[2]
-        if name in metrics or name in COUNTS:
-            raise UserError(f"evaluation.metrics: {spec}: the name '{name}' is taken; rename the function")
-        metrics[name] = load_own(spec, "evaluation.metrics")
+    for number, spec in enumerate(config.metrics):
+        key = f"evaluation.metrics[{number}]"
+        metrics[spec.partition(":")[2]] = naming(load_own(spec, key), f"{key}={spec}")
     return metrics
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from crossguard.configs.schema import Config
+from crossguard.configs.schema.evaluation import COUNTS
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
 from crossguard.train.evaluation.findings import find, in_words, primary_split
-from crossguard.train.evaluation.metrics import COUNTS
 from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
 

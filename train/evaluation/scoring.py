@@ -55,8 +55,6 @@ def score_split(
     """
     dealt = _deal(reader, rows, batch_size, ranks.world_size)
     loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
-    # Under ZeRO-3 a forward pass gathers weights from all ranks: everyone makes as many as the busiest.
-    passes = -(-len(dealt[0]) // batch_size)
     parts = []
     model.eval()
     speak = bool(title) and ranks.is_first
@@ -67,22 +65,15 @@ def score_split(
         closing(iter(loader)) as batches,
         progress(title, len(rows), "posts", speak=speak) as shown,
     ):
-        # The ranks are level: after each pass, so many batches are done.
-        done = np.minimum(np.arange(passes + 1) * batch_size * ranks.world_size, len(rows))
-        for count in np.diff(done):
+        for count in _posts_of_passes(dealt, batch_size):
             batch = next(batches, None)
             scored = batch or _filler(encode)
             logits = model(scored.to(ranks.device))
             if batch is not None:
                 parts.append(_predictions(encode.taxonomy.names, batch, logits))
-            shown.advance(int(count))
+            shown.advance(count)
     predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*ranks.gather(parts)))
-    wrong = np.flatnonzero(~np.isfinite(predictions.scores).all(axis=1))
-    if len(wrong):
-        raise JobError(
-            f"split {reader.split}: the scores of {len(wrong)} posts are not finite, the first is "
-            f"'{predictions.ids[wrong[0]]}'; the weights have diverged: train with a lower train.lr"
-        )
+    _check_finite(predictions, reader.split)
     return predictions
 
 
@@ -92,6 +83,24 @@ def _deal(reader: ShardReader, rows: np.ndarray, batch_size: int, world_size: in
     rows = rows[np.argsort(-reader.column("text_bytes")[rows].astype(np.int64), kind="stable")]
     owner = np.arange(len(rows)) // batch_size % world_size
     return [rows[owner == rank] for rank in range(world_size)]
+
+
+def _posts_of_passes(dealt: list[np.ndarray], batch_size: int) -> list[int]:
+    """How many posts each forward pass scores, over all ranks.
+
+    Under ZeRO-3 a pass gathers weights from all ranks: everyone makes as many as the busiest.
+    """
+    starts = range(0, len(dealt[0]), batch_size)
+    return [sum(len(rows[start : start + batch_size]) for rows in dealt) for start in starts]
+
+
+def _check_finite(predictions: Predictions, split: str) -> None:
+    wrong = np.flatnonzero(~np.isfinite(predictions.scores).all(axis=1))
+    if len(wrong):
+        raise JobError(
+            f"split {split}: the scores of {len(wrong)} posts are not finite, the first is "
+            f"'{predictions.ids[wrong[0]]}'; the weights have diverged: train with a lower train.lr"
+        )
 
 
 def _predictions(policies: tuple[str, ...], batch: Batch, logits: torch.Tensor) -> Predictions:

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain, load_config
 from crossguard.configs.schema import Config, ModelConfig
-from crossguard.configs.suggest import did_you_mean
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
@@ -28,12 +26,12 @@ from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.scoring import score_split
+from crossguard.train.evaluation.splits import TRAIN, evaluated_splits
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
 from crossguard.train.trained import load_trained
 
-TRAIN_SPLIT = "train"
 # What the run's own model is called beside its ablations and references.
 MODEL = "this model"
 Scored = dict[str, Predictions]
@@ -82,18 +80,7 @@ def _open_posts(config: Config, ranks: Ranks) -> Posts:
     taxonomy = Taxonomy.from_config(config.taxonomy)
     manifest.check_taxonomy(taxonomy)
     ranks.on_first(folder.check_files)
-    splits = config.evaluation.splits or [split for split in manifest.splits if split != TRAIN_SPLIT]
-    for split in splits:
-        if split not in manifest.splits:
-            raise UserError(
-                f"evaluation.splits: no split '{split}' in the shards; {did_you_mean(split, manifest.splits)}"
-            )
-    if config.evaluation.references and TRAIN_SPLIT not in manifest.splits:
-        raise UserError(
-            f"evaluation.references: {folder.location} has no split '{TRAIN_SPLIT}' that one could be fitted on"
-        )
-    if not splits:
-        raise UserError(f"{folder.location}: no split but train, nothing to evaluate; see build.splits")
+    splits = evaluated_splits(config, manifest)
     now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
     readers = {split: ShardReader([folder], split) for split in manifest.splits}
     rows = {split: reader.readable_rows(now) for split, reader in readers.items()}
@@ -151,7 +138,7 @@ def _measure(run_dir: Path, config: Config, posts: Posts, scored: dict[str, Scor
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
     if references:
-        fitted_on = {"train_posts": min(len(posts.rows[TRAIN_SPLIT]), MOST_TRAIN_POSTS)}
+        fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
         metrics["references"] = {
             name: fitted_on | _beside(predictions, config) for name, predictions in references.items()
         }

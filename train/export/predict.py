@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +28,8 @@ from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.export.bundle import Bundle, load_bundle
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
+
+_WORKSPACE = ".predict-"
 
 
 def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -> str:
@@ -50,8 +56,8 @@ def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -
     bundle = load_bundle(bundle_dir)
     quarantine = output.with_name(f"{output.name}.quarantine.jsonl")
     quarantine.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".predict-", dir=output.parent) as folder:
-        shards_dir = Path(folder) / "shards"
+    with _workspace(output.parent) as folder:
+        shards_dir = folder / "shards"
         manifest = _build(bundle, data, shards_dir, quarantine)
         predictions = _score(bundle, ShardFolder(str(shards_dir), manifest), quarantine, batch_size)
     predictions.write(output)
@@ -60,6 +66,27 @@ def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -
     if quarantine.exists():
         said.append(f"{len(quarantine.read_bytes().splitlines())} refused -> {quarantine}")
     return "; ".join(said)
+
+
+@contextlib.contextmanager
+def _workspace(parent: Path) -> Iterator[Path]:
+    """A temporary folder. A kernel lock says that it is in use, so that those of killed predictions can be removed."""
+    for old in parent.glob(f"{_WORKSPACE}*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(old):
+            shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=_WORKSPACE, dir=parent) as folder, _locked(Path(folder)):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; raises BlockingIOError where another process does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _build(bundle: Bundle, data: DataConfig, shards_dir: Path, quarantine: Path) -> Manifest:

@@ -1,0 +1,62 @@
+"""Patterns of `train.freeze`, judged before a model is built: against the names that its parameters will have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from crossguard.configs.encoder_names import (
+    classifier_parameter_names,
+    is_of_installed_version,
+    parameter_names,
+    tower_type,
+)
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.model import ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from crossguard.configs.suggest import did_you_mean
+
+
+def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
+    """Refuse a pattern that can match no parameter of the model.
+
+    Numbers and single wildcards match any number here, and every name may follow `text.` where the encoder is the
+    user's own or one that nobody knows without asking a hub: what passes is judged again when the model is there.
+
+    Raises:
+        UserError: names the pattern and the nearest one that matches something.
+    """
+    names, open_ended = classifier_parameter_names(), []
+    for modality in model.modalities:
+        encoder = model.text if modality == "text" else model.image
+        inside = [] if encoder.build else _encoder_parameters(encoder, modality)
+        names += [f"{modality}.encoder.{name}" for name in inside]
+        if not inside:
+            open_ended.append(f"{modality}." if encoder.build else f"{modality}.encoder.")
+    for pattern in patterns:
+        if not pattern.strip("*"):
+            raise UserError(f"train.freeze: '{pattern}' freezes every parameter; leave at least one to train")
+        loose = re.sub(r"\[[^]]*\]|\d+|\?", "*", pattern)
+        start = re.split(r"[*?[]", pattern)[0]
+        if any(prefix.startswith(start) or start.startswith(prefix) for prefix in open_ended):
+            continue
+        if not any(fnmatchcase(name, loose) for name in names):
+            raise no_match(pattern, [*names, *open_ended])
+
+
+def no_match(pattern: str, names: Iterable[str]) -> UserError:
+    """The error of a pattern that matches no parameter; `names` are those of the parameters."""
+    parts = [name.split(".") for name in names]
+    below = {".".join(part[:depth]) + ".*" for part in parts for depth in range(1, len(part))}
+    return UserError(f"train.freeze: '{pattern}' matches no parameter; {did_you_mean(pattern, [*below, *names])}")
+
+
+def _encoder_parameters(encoder: TextEncoderConfig | ImageEncoderConfig, modality: str) -> list[str]:
+    """Names inside the encoder, as far as they are known without building it."""
+    values = encoder.config
+    if encoder.pretrained:
+        described = Path(encoder.pretrained) / "config.json"
+        values = json.loads(described.read_text()) if described.is_file() else {}
+    return parameter_names(tower_type(values, modality)) if values and is_of_installed_version() else []
