@@ -25,11 +25,9 @@ def posts(job: Job) -> Hashes:
 
 def manifest(job: Job) -> Hashes:
     """The shards."""
-    from crossguard.data.shards.manifest import Manifest
+    from crossguard.data.shards.folder import read_manifest
 
-    if not (job.shards_dir / "manifest.json").exists():
-        return {}
-    return {"manifest": Manifest.load(job.shards_dir).sha256}
+    return {"manifest": read_manifest(job.config.shards_location).sha256} if job.has_shards else {}
 
 
 def trained_on(job: Job) -> Hashes:

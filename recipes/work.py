@@ -11,12 +11,19 @@ from crossguard.train.checkpoint_folder import latest_checkpoint, read_state
 
 
 def build(job: Job) -> None:
-    """Write the shards."""
+    """Write the shards; those that belong behind a URL are written into the run directory first."""
     from crossguard.data.shards.build import build_shards
+    from crossguard.data.shards.publish import publish
+    from crossguard.data.shards.storage import local_path
 
-    manifest = build_shards(job.config, job.shards_dir, job.run_dir / "quarantine.jsonl")
+    location = job.config.shards_location
+    folder = local_path(location)
+    staging = job.run_dir / "shards-staging"
+    manifest = build_shards(job.config, folder or staging, job.run_dir / "quarantine.jsonl")
+    if folder is None:
+        publish(staging, manifest, location)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
-    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {job.shards_dir}", flush=True)
+    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {location}", flush=True)
     left_out = {**manifest.left_out, "missing or corrupt media, see quarantine.jsonl": manifest.refused}
     if any(left_out.values()):
         named = ", ".join(f"{count:,} ({rule})" for rule, count in left_out.items() if count)
@@ -60,7 +67,9 @@ def check_ranks(job: Job) -> None:
 
 def _need_shards(job: Job) -> None:
     if not job.has_shards:
-        raise UserError(f"{job.shards_dir}: no shards here; run `crossguard build` with the same arguments first")
+        raise UserError(
+            f"{job.config.shards_location}: no shards here; run `crossguard build` with the same arguments first"
+        )
 
 
 def _need_checkpoint(job: Job, stage: str) -> None:

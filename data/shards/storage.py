@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
@@ -16,6 +18,12 @@ T = TypeVar("T")
 # Together about a minute of waiting: what a file server takes to fail over.
 TRIES = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
+
+
+class LostError(Exception):
+    """A file of the shards is missing, or is not what the manifest says; the message completes "the shard … "."""
+
+
 # What no waiting mends.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -59,4 +67,14 @@ def explain(error: BaseException | None) -> str:
     if isinstance(error, OSError) and error.errno:
         return error.strerror or os.strerror(error.errno)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if type(error) in (OSError, PermissionError):  # their names say nothing more
+        return lines[0] if lines else "failed"
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def local_path(location: str | Path) -> Path | None:
+    """The local folder that a location names (by its path or as file://…); None for any other URL."""
+    name = str(location)
+    if re.match("(file|local)://", name):
+        return Path(name.partition("://")[2])
+    return None if "://" in name else Path(name)
