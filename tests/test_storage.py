@@ -25,6 +25,7 @@ from moto.server import ThreadedMotoServer
 from storage_job import texts
 
 from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.saved import as_plain
 from crossguard.configs.schema.data import CacheConfig
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.shards import storage
@@ -259,6 +260,7 @@ def test_a_cache_that_is_removed_meanwhile_is_made_again(server: Server, built: 
 SLOW = """
 import sys, time
 from pathlib import Path
+from crossguard.configs.saved import as_plain
 from crossguard.configs.schema.data import CacheConfig
 from crossguard.data.shards.cache import NodeCache
 def download(target):
@@ -366,6 +368,13 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache.dir: .*file/cache cannot be written \(Not a directory\)"):
         NodeCache.open(CacheConfig(dir=str(tmp_path / "file/cache")))
+
+
+def test_a_saved_configuration_keeps_urls() -> None:
+    config = make_config(None, data={"shards": URL, "cache": CacheConfig(dir="/somewhere/cache")})
+    data = as_plain(config)["data"]
+    assert data["shards"] == URL
+    assert data["cache"]["dir"] == os.path.relpath("/somewhere/cache")
 
 
 def test_other_urls(built: Path, tmp_path: Path) -> None:

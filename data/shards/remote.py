@@ -51,7 +51,7 @@ class Remote:
 
     def download(self, path: str, target: Path) -> None:
         """Write a file's content to `target`."""
-        self._do(path, lambda store, full: store.get_file(full, str(target)))
+        self._do(path, lambda store, full: store.get_file(full, str(target)), f" -> {target}")
 
     def upload(self, source: Path, path: str) -> None:
         """Put the content of `source` there."""
@@ -64,8 +64,8 @@ class Remote:
 
         self._do(path, put)
 
-    def _do(self, path: str, act: Callable[[Any, str], T]) -> T:
-        place = f"{self.url}/{path}"
+    def _do(self, path: str, act: Callable[[Any, str], T], towards: str = "") -> T:
+        place = f"{self.url}/{path}{towards}"
 
         def attempt() -> T:
             store, root = _open(self.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from crossguard.configs.errors import JobError, UserError
 
@@ -26,6 +27,7 @@ class LostError(Exception):
 
 # What no waiting mends.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def with_retries(place: str, act: Callable[[], T]) -> T:
@@ -38,8 +40,23 @@ def with_retries(place: str, act: Callable[[], T]) -> T:
     Raises:
         FileNotFoundError: nothing is there.
         UserError: it may not be read or written, or is a folder.
-        JobError: the storage still fails after TRIES tries.
+        JobError: the disk is full, or the storage still fails after TRIES tries.
     """
+
+    try:
+        return act()  # nearly always all there is: only after a failure is it worth counting tries
+    except OSError as error:
+        return _go_on(place, act, error)
+
+
+def _go_on(place: str, act: Callable[[], T], error: OSError) -> T:
+    """What is left to do after a first try that failed with `error`."""
+    failed = [error]
+
+    def attempt() -> T:
+        if failed:
+            raise failed.pop()
+        return act()
 
     def warn(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -47,19 +64,25 @@ def with_retries(place: str, act: Callable[[], T]) -> T:
 
     tries = Retrying(
         stop=stop_after_attempt(TRIES),
-        wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
-        retry=retry_if_exception(lambda error: isinstance(error, OSError) and not isinstance(error, LASTING)),
+        wait=wait_exponential_jitter(FIRST_WAIT, LONGEST_WAIT, jitter=FIRST_WAIT),
+        retry=retry_if_exception(_may_pass),
         before_sleep=warn,
         reraise=True,
     )
     try:
-        return tries(act)
+        return tries(attempt)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, "not found", place) from error
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{place}: {explain(error)}; give this user access to it") from error
     except OSError as error:
+        if error.errno in FULL:
+            raise JobError(f"{place}: {explain(error)}; make room, then start again") from error
         raise JobError(f"{place}: {explain(error)}, {TRIES} tries; check the storage, then start again") from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, LASTING) and error.errno not in FULL
 
 
 def explain(error: BaseException | None) -> str:
