@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +101,16 @@ def put(shards: Path) -> Manifest:
 
 
 def stored(cache: Path) -> int:
-    """Bytes in a cache, whole or partial."""
-    total = 0
-    for path in [*cache.glob("files/*/*"), *cache.glob("partial/*")]:
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes in a cache, whole or partial, while nobody may make room or take it."""
+    if not (cache / "space").exists():
+        return 0
+    with (cache / "space").open() as space:
+        fcntl.flock(space, fcntl.LOCK_EX)
+        sizes = {}
+        for path in [*cache.glob("partial/*"), *cache.glob("files/*/*")]:
+            with suppress(FileNotFoundError):  # a download that has just become a file
+                sizes[path.name.partition(".")[0]] = path.stat().st_size
+        return sum(sizes.values())
 
 
 def read_in_processes(

@@ -156,16 +156,18 @@ class ShardReader:
         """
         shard, key, entry = self._locate(row)
         data = self._pread(row, key, shard, entry)
-        if not _is_whole(data, entry) and self.folder_of(shard).cache is not None:
+        whole = _is_whole(data, entry)
+        if not whole and self.folder_of(shard).cache is not None:
             # This node's copy may have rotted: it is compared as a whole, and fetched anew if so.
             self._tars.drop(shard)
             data = self._pread(row, key, shard, entry, check=True)
-        if not _is_whole(data, entry):
-            path = self.shards[shard].path
-            if len(data) < entry["size"]:
-                raise SampleError(row, key, f"the shard {path} is cut short")
-            raise SampleError(row, key, f"damaged: its bytes in {path} are not those that were written")
-        return _parse(row, key, data)
+            whole = _is_whole(data, entry)
+        if whole:
+            return _parse(row, key, data)
+        path = self.shards[shard].path
+        if len(data) < entry["size"]:
+            raise SampleError(row, key, f"the shard {path} is cut short")
+        raise SampleError(row, key, f"damaged: its bytes in {path} are not those that were written")
 
     def read_head(self, row: int) -> RawSample:
         """One sample without its media and without the check of its bytes: much cheaper where media are large.

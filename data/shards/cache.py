@@ -144,6 +144,7 @@ class NodeCache:
 
     def _make_room(self, size: int) -> int:
         """Remove what was not used for longest, and return the bytes that are still stored or reserved."""
+        used = self._in_flight()  # first: what becomes a file meanwhile may count twice, but is not overlooked
         files = []
         folders = [folder for folder in os.scandir(self.folder / FILES) if folder.is_dir(follow_symlinks=False)]
         for entry in itertools.chain.from_iterable(map(os.scandir, folders)):
@@ -151,7 +152,7 @@ class NodeCache:
                 with suppress(FileNotFoundError):
                     stat = entry.stat()
                     files.append((stat.st_mtime_ns, stat.st_size, entry.path))
-        used = self._in_flight() + sum(stored for _, stored, _ in files)
+        used += sum(stored for _, stored, _ in files)
         for _, stored, path in sorted(files):
             if used + size <= KEPT * self.limit:
                 break
