@@ -25,20 +25,17 @@ def posts(job: Job) -> Hashes:
 
 def manifest(job: Job) -> Hashes:
     """The shards."""
-    from crossguard.data.shards.manifest import Manifest
+    from crossguard.data.shards.folder import read_manifest
 
-    if not (job.shards_dir / "manifest.json").exists():
-        return {}
-    return {"manifest": Manifest.load(job.shards_dir).sha256}
+    return {"manifest": read_manifest(job.config.shards_location).sha256} if job.has_shards else {}
 
 
 def trained_on(job: Job) -> Hashes:
     """The shards, and those that are mixed in."""
-    from crossguard.data.shards.folder import ShardFolder
+    from crossguard.data.shards.folder import read_manifest
 
-    further = job.config.data.mixing.datasets
-    opened = {name: ShardFolder.open(location, job.config.data.cache) for name, location in further.items()}
-    return manifest(job) | {f"manifest of {name}": folder.manifest.sha256 for name, folder in opened.items()}
+    further = {name: read_manifest(location) for name, location in job.config.data.mixing.datasets.items()}
+    return manifest(job) | {f"manifest of {name}": found.sha256 for name, found in further.items()}
 
 
 def checkpoint(job: Job) -> Hashes:

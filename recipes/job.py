@@ -30,11 +30,6 @@ class Job:
         return Path(self.config.run_dir)
 
     @property
-    def shards_dir(self) -> Path:
-        """Where build writes and train reads."""
-        return Path(self.config.data.shards) if self.config.data.shards else self.run_dir / "shards"
-
-    @property
     def has_posts(self) -> bool:
         """Whether the configuration says where posts come from; without, the shards must be there."""
         return self.config.data.source == "synthetic" or self.config.data.path is not None
@@ -42,12 +37,14 @@ class Job:
     @property
     def has_shards(self) -> bool:
         """Whether shards were built."""
-        return (self.shards_dir / "manifest.json").exists()
+        from crossguard.data.shards.folder import has_manifest
+
+        return has_manifest(self.config.shards_location)
 
     def ablations(self) -> dict[str, Job]:
         """Name -> the job that trains the ablated model on the same shards with the same budget."""
         jobs = {}
         for name, overrides in self.config.ablations.items():
-            place = [f"run_dir={self.run_dir / 'ablations' / name}", f"data.shards={self.shards_dir}"]
+            place = [f"run_dir={self.run_dir / 'ablations' / name}", f"data.shards={self.config.shards_location}"]
             jobs[name] = Job.from_arguments([*self.arguments, *overrides, *place])
         return jobs

@@ -11,12 +11,19 @@ from crossguard.train.checkpoint_folder import latest_checkpoint, read_state
 
 
 def build(job: Job) -> None:
-    """Write the shards."""
+    """Write the shards; those that belong behind a URL are written into the run directory first."""
     from crossguard.data.shards.build import build_shards
+    from crossguard.data.shards.publish import publish
+    from crossguard.data.shards.storage import local_path
 
-    manifest = build_shards(job.config, job.shards_dir, job.run_dir / "quarantine.jsonl")
+    location = job.config.shards_location
+    folder = local_path(location)
+    staging = job.run_dir / "shards-staging"
+    manifest = build_shards(job.config, folder or staging, job.run_dir / "quarantine.jsonl")
+    if folder is None:
+        publish(staging, manifest, location)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
-    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {job.shards_dir}", flush=True)
+    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {location}", flush=True)
     left_out = {**manifest.left_out, "missing or corrupt media, see quarantine.jsonl": manifest.refused}
     if any(left_out.values()):
         named = ", ".join(f"{count:,} ({rule})" for rule, count in left_out.items() if count)
@@ -60,12 +67,14 @@ def check_ranks(job: Job) -> None:
 
 def check_splits(job: Job, *, training: bool = False) -> None:
     """Whether the shards are there and have the splits that the configuration names, before hours of training."""
-    from crossguard.data.shards.manifest import Manifest
+    from crossguard.data.shards.folder import ShardFolder
     from crossguard.train.evaluation.splits import check_trained_splits, evaluated_splits
 
     if not job.has_shards:
-        raise UserError(f"{job.shards_dir}: no shards here; run `crossguard build` with the same arguments first")
-    manifest = Manifest.load(job.shards_dir)
+        raise UserError(
+            f"{job.config.shards_location}: no shards here; run `crossguard build` with the same arguments first"
+        )
+    manifest = ShardFolder.open(job.config.shards_location, job.config.data.cache).manifest
     if training:
         check_trained_splits(job.config, manifest)
     if not training or job.config.evaluation.splits:

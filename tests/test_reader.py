@@ -113,7 +113,7 @@ def lost_rows(reader: ShardReader) -> dict[int, str]:
             try:
                 read(row)
             except SampleError as error:
-                said[row] = str(error)
+                said.setdefault(row, str(error))
     return said
 
 
@@ -167,16 +167,27 @@ def test_storage_that_fails_for_a_moment_is_tried_again(folder: ShardFolder, mon
 @pytest.mark.usefixtures("no_waiting")
 def test_storage_that_goes_on_failing_ends_the_job(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = ShardReader([folder], "train")
+    reader.column("size")  # the indexes are open
     failing = Failing(monkeypatch, "pread", 10**6)
     with pytest.raises(JobError, match=rf"{reader.shards[0].path}: Input/output error, {storage.TRIES} tries; check"):
         reader.read(0)
     assert failing.calls == storage.TRIES
 
 
-def test_what_no_waiting_mends_is_told_at_once(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.EACCES, UserError, "Permission denied; give this user access"),
+        (errno.ENOSPC, JobError, "No space left on device; make room"),
+    ],
+)
+def test_what_no_waiting_mends_is_told_at_once(
+    folder: ShardFolder, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], message: str
+) -> None:
     reader = ShardReader([folder], "train")
-    failing = Failing(monkeypatch, "pread", 10**6, errno.EACCES)
-    with pytest.raises(UserError, match=rf"{reader.shards[0].path}: Permission denied; give this user access"):
+    reader.column("size")  # the indexes are open
+    failing = Failing(monkeypatch, "pread", 10**6, number)
+    with pytest.raises(kind, match=f"{reader.shards[0].path}: {message}"):
         reader.read(0)
     assert failing.calls == 1
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,9 +21,9 @@ from crossguard.data.loading.sample import RawSample, parse_sample
 from crossguard.data.records import post_key
 from crossguard.data.shards.files import pread
 from crossguard.data.shards.folder import ShardFolder
-from crossguard.data.shards.index import INDEX_DTYPE, TEXT, hex_keys, read_index
+from crossguard.data.shards.index import INDEX_DTYPE, TEXT, hex_keys, map_index
 from crossguard.data.shards.manifest import ShardInfo
-from crossguard.data.shards.storage import with_retries
+from crossguard.data.shards.storage import LostError, with_retries
 
 # Tars, and as many indexes; each holds a descriptor, of which a process usually may have 1024.
 MAX_OPEN_SHARDS = 128
@@ -78,7 +79,7 @@ class ShardReader:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_indexes", "_tars", "_verified")}
+        return {name: value for name, value in vars(self).items() if name not in ("_indexes", "_tars", "_compared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -87,7 +88,7 @@ class ShardReader:
     def _forget(self) -> None:
         self._indexes: _Recent[np.ndarray] = _Recent()
         self._tars: _Recent[_OpenFile] = _Recent()
-        self._verified = np.zeros(len(self.shards), dtype=bool)
+        self._compared = np.zeros(len(self.shards), dtype=bool)
 
     @property
     def place(self) -> str:
@@ -155,10 +156,18 @@ class ShardReader:
         """
         shard, key, entry = self._locate(row)
         data = self._pread(row, key, shard, entry)
-        if xxhash.xxh3_64_intdigest(data) != entry["digest"]:
-            path = self.shards[shard].path
-            raise SampleError(row, key, f"damaged: its bytes in {path} are not those that were written")
-        return _parse(row, key, data)
+        whole = _is_whole(data, entry)
+        if not whole and self.folder_of(shard).cache is not None:
+            # This node's copy may have rotted: it is compared as a whole, and fetched anew if so.
+            self._tars.drop(shard)
+            data = self._pread(row, key, shard, entry, check=True)
+            whole = _is_whole(data, entry)
+        if whole:
+            return _parse(row, key, data)
+        path = self.shards[shard].path
+        if len(data) < entry["size"]:
+            raise SampleError(row, key, f"the shard {path} is cut short")
+        raise SampleError(row, key, f"damaged: its bytes in {path} are not those that were written")
 
     def read_head(self, row: int) -> RawSample:
         """One sample without its media and without the check of its bytes: much cheaper where media are large.
@@ -168,7 +177,7 @@ class ShardReader:
         shard, key, entry = self._locate(row)
         head = int(entry["text_bytes"]) + HEAD_BYTES
         try:
-            sample = _parse(row, key, self._pread(row, key, shard, entry, head), head_only=True)
+            sample = _parse(row, key, self._pread(row, key, shard, entry, head=head), head_only=True)
             if sample.text is not None or not entry["modalities"] & TEXT:
                 return sample
         except SampleError:
@@ -183,64 +192,81 @@ class ShardReader:
         number = row - int(self.starts[shard])
         try:
             entry = self._index(shard)[number]
-        except FileNotFoundError:
+        except LostError as error:
             path = self.shards[shard].path
-            raise SampleError(row, f"unknown, number {number} of {path}", f"the index of {path} is missing") from None
+            raise SampleError(row, f"unknown, number {number} of {path}", f"the index of {path} {error}") from None
         return shard, hex_keys(entry[None])[0], entry
 
-    def _pread(self, row: int, key: str, shard: int, entry: Any, most: int | None = None) -> bytes:
-        """The bytes of a sample, or the first of them."""
+    def _pread(
+        self, row: int, key: str, shard: int, entry: Any, *, head: int | None = None, check: bool = False
+    ) -> bytes:
+        """The bytes of a sample, or the first of them, or less where the tar ends; `check` is for opening the tar."""
+        folder, info = self.folder_of(shard), self.shards[shard]
         offset, size = int(entry["offset"]), int(entry["size"])
-        size = size if most is None else min(size, most)
+        size = size if head is None else min(size, head)
 
         def attempt() -> bytes:
             try:
-                return pread(self._tars.get(shard, self._open_tar).descriptor, offset, size)
+                tar = self._tars.get(shard, lambda: _OpenFile(folder.open_tar(info, check=check)))
+                return pread(tar.descriptor, offset, size)
             except OSError:
                 self._tars.drop(shard)  # on a network file system an old descriptor may be what fails
                 raise
 
-        path = self.shards[shard].path
         try:
-            data = with_retries(f"{self.folder_of(shard).location}/{path}", attempt)
-        except FileNotFoundError:
-            raise SampleError(row, key, f"the shard {path} is missing") from None
-        if len(data) < size:
-            raise SampleError(row, key, f"the shard {path} is cut short")
-        return data
+            return with_retries(f"{folder.location}/{info.path}", attempt)
+        except LostError as error:
+            raise SampleError(row, key, f"the shard {info.path} {error}") from None
 
     def _all_indexes(self) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, its index) of all shards that have one."""
+        for folder in self.folders:
+            folder.fetch_indexes(folder.manifest.shards_of(self.split))
         for shard in range(len(self.shards)):
-            try:
+            with suppress(LostError):
                 yield shard, self._index(shard)
-            except FileNotFoundError:
-                continue
 
     def _index(self, shard: int) -> np.ndarray:
-        return self._indexes.get(shard, self._open_index)
+        return self._indexes.get(shard, lambda: self._open_index(shard))
 
     def _open_index(self, shard: int) -> np.ndarray:
         folder, info = self.folder_of(shard), self.shards[shard]
-        sha256 = None if self._verified[shard] else info.index_sha256
-        index = with_retries(f"{folder.location}/{info.index_path}", lambda: read_index(folder.index(info), sha256))
-        self._verified[shard] = True
-        return index
+        place = f"{folder.location}/{info.index_path}"
 
-    def _open_tar(self, shard: int) -> _OpenFile:
-        return _OpenFile(os.open(self.folder_of(shard).tar(self.shards[shard]), os.O_RDONLY | os.O_CLOEXEC))
+        def attempt() -> np.ndarray:
+            # Compared by reading, not through the map: where storage fails, a map ends the process by SIGBUS.
+            file = _OpenFile(folder.open_index(info, check=not self._compared[shard]))
+            return map_index(file.descriptor, place)
+
+        index = with_retries(place, attempt)
+        self._compared[shard] = True
+        return index
 
 
 class _Recent(Generic[T]):
-    """Shard -> something open; the least recently used closes when there are too many."""
+    """Shard -> something open; the least recently used closes when there are too many.
+
+    What is lost stays so in this process: it may have taken a download to know.
+    """
 
     def __init__(self) -> None:
         self._open: OrderedDict[int, T] = OrderedDict()
+        self._lost: dict[int, str] = {}
 
-    def get(self, shard: int, make: Callable[[int], T]) -> T:
-        """What is open, or else what `make` opens."""
+    def get(self, shard: int, make: Callable[[], T]) -> T:
+        """What is open, or else what `make` opens.
+
+        Raises:
+            LostError: now or before, by `make`.
+        """
+        if shard in self._lost:
+            raise LostError(self._lost[shard])
         if shard not in self._open:
-            self._open[shard] = make(shard)
+            try:
+                self._open[shard] = make()
+            except LostError as error:
+                self._lost[shard] = str(error)
+                raise
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
@@ -259,6 +285,10 @@ class _OpenFile:
 
     def __del__(self) -> None:
         os.close(self.descriptor)
+
+
+def _is_whole(data: bytes, entry: Any) -> bool:
+    return bool(xxhash.xxh3_64_intdigest(data) == entry["digest"])
 
 
 def _parse(row: int, key: str, data: bytes, head_only: bool = False) -> RawSample:

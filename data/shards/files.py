@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,13 @@ def pread(descriptor: int, offset: int, size: int) -> bytes:
             break
         data += more
     return data
+
+
+def descriptor_sha256(descriptor: int) -> str:
+    """SHA-256 of an open file's whole content, in hex."""
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ by stratum, then by key, whatever the order of the samples in the tar.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import struct
@@ -42,35 +41,35 @@ def encode_index(rows: np.ndarray) -> bytes:
     return _HEADER.pack(MAGIC, VERSION, INDEX_DTYPE.itemsize) + rows.astype(INDEX_DTYPE).tobytes()
 
 
-def read_index(path: Path, sha256: str | None = None) -> np.ndarray:
-    """The rows of an index file, mapped into memory, read-only.
+def index_bytes(samples: int) -> int:
+    """Size of the file for so many samples."""
+    return _HEADER.size + samples * INDEX_DTYPE.itemsize
 
-    Args:
-        path: the file.
-        sha256: what the manifest says of its content; None when it was compared before.
+
+def read_index(path: Path) -> np.ndarray:
+    """The rows of an index file, mapped into memory, read-only.
 
     Raises:
         OSError: the file is missing or cannot be read.
-        UserError: it is no index, is damaged, or was written by another version.
+        UserError: it is no index, is cut short, or was written by another version.
     """
     with path.open("rb") as file:
-        if sha256 is not None:
-            # By reading, not through the map: where the storage fails, a map ends the process by SIGBUS.
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise UserError(f"{path}: changed since the manifest was written; restore it, or build again")
-            file.seek(0)
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
-            raise UserError(f"{path}: not an index of shards; remove the folder and build again")
-        _, version, width = _HEADER.unpack(header)
-        if version != VERSION or width != INDEX_DTYPE.itemsize:
-            raise UserError(
-                f"{path}: index of version {version}, this crossguard reads {VERSION}; "
-                "remove the folder and build again"
-            )
-        if (os.fstat(file.fileno()).st_size - _HEADER.size) % width:
-            raise UserError(f"{path}: cut short; remove the folder and build again")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return map_index(file.fileno(), str(path))
+
+
+def map_index(descriptor: int, path: str) -> np.ndarray:
+    """The rows of an open index file, which may be closed then; `path` names it in errors. Raises as `read_index`."""
+    header = os.pread(descriptor, _HEADER.size, 0)
+    if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{path}: not an index of shards; remove the folder and build again")
+    _, version, width = _HEADER.unpack(header)
+    if version != VERSION or width != INDEX_DTYPE.itemsize:
+        raise UserError(
+            f"{path}: index of version {version}, this crossguard reads {VERSION}; remove the folder and build again"
+        )
+    mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    if (len(mapped) - _HEADER.size) % width:
+        raise UserError(f"{path}: cut short; remove the folder and build again")
     return np.frombuffer(mapped, dtype=INDEX_DTYPE, offset=_HEADER.size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,13 @@ class Manifest:
             UserError: it is missing, damaged, or of a format that this version does not know.
         """
         path = shards_dir / FILE_NAME
+        return cls.read(path.read_bytes, str(path))
+
+    @classmethod
+    def read(cls, read: Callable[[], bytes], path: str) -> Manifest:
+        """The manifest whose content `read` gives; `path` names it in errors. Raises as `load` does."""
         try:
-            value = json.loads(path.read_bytes())
+            value = json.loads(read())
             found = value["format"]
         except FileNotFoundError:
             raise UserError(f"{path}: not found; build the shards first, or set data.shards to their folder") from None
@@ -142,12 +148,6 @@ class Manifest:
             parts += [f"missing in the shards: {', '.join(sorted(new))}"] if new else []
             what = "; ".join(parts) or f"another order ({', '.join(ours.names)})"
             raise UserError(f"taxonomy '{ours.name}': its policies differ from those of the shards, {what}; {remedy}")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(value: dict[str, Any]) -> str:

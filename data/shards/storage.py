@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from crossguard.configs.errors import JobError, UserError
 
@@ -16,8 +19,15 @@ T = TypeVar("T")
 # Together about a minute of waiting: what a file server takes to fail over.
 TRIES = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
+
+
+class LostError(Exception):
+    """A file of the shards is missing, or is not what the manifest says; the message completes "the shard … "."""
+
+
 # What no waiting mends.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def with_retries(place: str, act: Callable[[], T]) -> T:
@@ -30,8 +40,23 @@ def with_retries(place: str, act: Callable[[], T]) -> T:
     Raises:
         FileNotFoundError: nothing is there.
         UserError: it may not be read or written, or is a folder.
-        JobError: the storage still fails after TRIES tries.
+        JobError: the disk is full, or the storage still fails after TRIES tries.
     """
+
+    try:
+        return act()  # nearly always all there is: only after a failure is it worth counting tries
+    except OSError as error:
+        return _go_on(place, act, error)
+
+
+def _go_on(place: str, act: Callable[[], T], error: OSError) -> T:
+    """What is left to do after a first try that failed with `error`."""
+    failed = [error]
+
+    def attempt() -> T:
+        if failed:
+            raise failed.pop()
+        return act()
 
     def warn(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -39,19 +64,25 @@ def with_retries(place: str, act: Callable[[], T]) -> T:
 
     tries = Retrying(
         stop=stop_after_attempt(TRIES),
-        wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
-        retry=retry_if_exception(lambda error: isinstance(error, OSError) and not isinstance(error, LASTING)),
+        wait=wait_exponential_jitter(FIRST_WAIT, LONGEST_WAIT, jitter=FIRST_WAIT),
+        retry=retry_if_exception(_may_pass),
         before_sleep=warn,
         reraise=True,
     )
     try:
-        return tries(act)
+        return tries(attempt)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, "not found", place) from error
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{place}: {explain(error)}; give this user access to it") from error
     except OSError as error:
+        if error.errno in FULL:
+            raise JobError(f"{place}: {explain(error)}; make room, then start again") from error
         raise JobError(f"{place}: {explain(error)}, {TRIES} tries; check the storage, then start again") from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, LASTING) and error.errno not in FULL
 
 
 def explain(error: BaseException | None) -> str:
@@ -59,4 +90,14 @@ def explain(error: BaseException | None) -> str:
     if isinstance(error, OSError) and error.errno:
         return error.strerror or os.strerror(error.errno)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if type(error) in (OSError, PermissionError):  # their names say nothing more
+        return lines[0] if lines else "failed"
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def local_path(location: str | Path) -> Path | None:
+    """The local folder that a location names (by its path or as file://…); None for any other URL."""
+    name = str(location)
+    if re.match("(file|local)://", name):
+        return Path(name.partition("://")[2])
+    return None if "://" in name else Path(name)

@@ -75,7 +75,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
-    folder = ShardFolder.open(config.shards_location, config.data.cache)
+    folder = ranks.on_first(lambda: ShardFolder.open(config.shards_location, config.data.cache))
     manifest = folder.manifest
     taxonomy = Taxonomy.from_config(config.taxonomy)
     manifest.check_taxonomy(taxonomy)

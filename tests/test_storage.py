@@ -1,0 +1,442 @@
+"""Shards behind URLs: published to and read from an S3 server, through a cache that processes share and kills survive."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from build_job import build, files_of, make_config, make_posts, write_lines
+from conftest import run_command
+from fsspec.implementations.memory import MemoryFileSystem
+from moto.server import ThreadedMotoServer
+from storage_job import texts
+
+from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.saved import as_plain
+from crossguard.configs.schema.data import CacheConfig
+from crossguard.data.loading.reader import SampleError, ShardReader
+from crossguard.data.shards import storage
+from crossguard.data.shards.cache import GB, MARKER, DamagedError, NodeCache
+from crossguard.data.shards.folder import ShardFolder, has_manifest
+from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.publish import publish
+
+URL = "s3://shards/here"
+
+
+class Server:
+    """An S3 server with an empty bucket, and what it was asked for."""
+
+    def __init__(self, moto: ThreadedMotoServer):
+        host, port = moto.get_host_and_port()
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.requests: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        method, _, path = str(record.args[0]).partition(" ") if record.args else ("", "", "")
+        self.requests.append((method.rpartition("m")[2], path.partition(" ")[0].partition("?")[0]))
+
+    def count(self, method: str) -> Counter[str]:
+        """Object -> how often it was asked for so."""
+        return Counter(path.removeprefix("/shards/here/") for name, path in self.requests if name == method)
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[ThreadedMotoServer]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(moto: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    found = Server(moto)
+    for name, value in found.environment.items():
+        monkeypatch.setenv(name, value)
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    if store.exists("shards"):
+        store.rm("shards", recursive=True)
+    store.mkdir("shards")
+    log, handler = logging.getLogger("werkzeug"), logging.Handler()
+    handler.emit = found.emit  # type: ignore[method-assign]
+    level, log.level = log.level, logging.INFO
+    log.addHandler(handler)
+    yield found
+    log.removeHandler(handler)
+    log.level = level
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A folder of six shards."""
+    build(make_config(write_lines(tmp_path / "posts.jsonl", make_posts(44)), splits={"train": 1.0}), tmp_path / "run")
+    return tmp_path / "run/shards"
+
+
+def put(shards: Path) -> Manifest:
+    manifest = Manifest.load(shards)
+    publish(shards, manifest, URL)
+    return manifest
+
+
+def stored(cache: Path) -> int:
+    """Bytes in a cache, whole or partial, while nobody may make room or take it."""
+    if not (cache / "space").exists():
+        return 0
+    with (cache / "space").open() as space:
+        fcntl.flock(space, fcntl.LOCK_EX)
+        sizes = {}
+        for path in [*cache.glob("partial/*"), *cache.glob("files/*/*")]:
+            with suppress(FileNotFoundError):  # a download that has just become a file
+                sizes[path.name.partition(".")[0]] = path.stat().st_size
+        return sum(sizes.values())
+
+
+def read_in_processes(
+    config: CacheConfig, count: int, watch: Callable[[], Any] = lambda: None
+) -> list[dict[str, str | None]]:
+    """What processes read that begin at once; `watch` is called all the time."""
+    job = [sys.executable, Path(__file__).parent / "storage_job.py", URL, config.dir, str(config.max_gb)]
+    readers = [subprocess.Popen([*job, str(seed)], stdout=subprocess.PIPE) for seed in range(count)]
+    while any(reader.poll() is None for reader in readers):
+        watch()
+        time.sleep(0.005)
+    assert [reader.returncode for reader in readers] == [0] * count
+    return [json.loads(reader.communicate()[0]) for reader in readers]
+
+
+def test_what_is_published_is_read_again_and_fetched_once(server: Server, built: Path, tmp_path: Path) -> None:
+    assert not has_manifest(URL)
+    manifest = put(built)
+    puts = [path for method, path in server.requests if method == "PUT" and "here" in path]
+    assert puts[-1].endswith("/manifest.json")
+    assert server.count("PUT").keys() == files_of(built).keys()
+    config = CacheConfig(dir=str(tmp_path / "cache"))
+    folder = ShardFolder.open(URL, config)
+    assert folder.manifest == manifest
+    assert folder.check_files() == []
+    assert len(ShardReader([folder], "train").missing_rows()) == 0
+    expected = texts(ShardFolder.open(built, config))
+    server.requests.clear()
+    assert read_in_processes(config, 4) == [expected] * 4
+    fetched = server.count("GET")
+    del fetched["manifest.json"]
+    assert {path: fetched[path] for shard in manifest.shards for path in (shard.path, shard.index_path)} == {
+        path: 1 for path in files_of(built) if path != "manifest.json"
+    }
+    server.requests.clear()
+    assert ShardReader([folder], "train").column("size").all()
+    assert texts(folder) == expected
+    assert not server.requests
+
+
+def test_a_publication_that_was_killed_goes_on(server: Server, built: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from crossguard.data.shards import publish
+from crossguard.data.shards.manifest import Manifest
+upload, calls = publish.Remote.upload, []
+def counted(self, source, path):
+    calls.append(path)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    upload(self, source, path)
+publish.Remote.upload = counted
+publish.UPLOADS_AT_ONCE = 1
+publish.publish(Path(sys.argv[1]), Manifest.load(Path(sys.argv[1])), sys.argv[2])
+"""
+    killed = subprocess.run([sys.executable, "-c", script, built, URL], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(server.count("PUT")) == 5
+    assert not has_manifest(URL)
+    server.requests.clear()
+    put(built)
+    assert len(server.count("PUT")) in (8, 9)  # the kill may have come before the last upload was noted
+    server.requests.clear()
+    put(built)
+    assert set(server.count("PUT")) == {"manifest.json"}
+
+
+def test_other_shards_are_never_overwritten(server: Server, built: Path, tmp_path: Path) -> None:
+    put(built)
+    posts = write_lines(tmp_path / "others/posts.jsonl", make_posts(9))
+    other = build(make_config(posts), tmp_path / "others")
+    server.requests.clear()
+    with pytest.raises(
+        UserError, match=rf"{URL}: holds shards of other posts or settings, which are never overwritten"
+    ):
+        publish(tmp_path / "others/shards", other, URL)
+    assert not server.count("PUT")
+    with pytest.raises(UserError, match="s3://no-such-bucket/x: the bucket or a folder does not exist"):
+        publish(built, Manifest.load(built), "s3://no-such-bucket/x")
+
+
+def test_the_cache_stays_within_its_limit(server: Server, built: Path, tmp_path: Path) -> None:
+    manifest = put(built)
+    limit = 2.5 * max(shard.bytes for shard in manifest.shards)
+    config = CacheConfig(dir=str(tmp_path / "cache"), max_gb=limit / GB)
+    expected = texts(ShardFolder.open(built, config))
+    seen = []
+    found = read_in_processes(config, 3, watch=lambda: seen.append(stored(tmp_path / "cache")))
+    assert found == [expected] * 3
+    assert 0 < max(seen) <= limit
+    assert max(server.count("GET").values()) > 1
+    too_small = CacheConfig(dir=str(tmp_path / "cache"), max_gb=1 / GB)
+    with pytest.raises(UserError, match=r"data.cache.max_gb=1e-09: one file has .* set a higher limit"):
+        texts(ShardFolder.open(URL, too_small))
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_copy_that_rots_is_fetched_again(server: Server, built: Path, tmp_path: Path) -> None:
+    manifest = put(built)
+    folder = ShardFolder.open(URL, CacheConfig(dir=str(tmp_path / "cache")))
+    expected = texts(folder)
+    shard = manifest.shards[2]
+    flip(tmp_path / f"cache/files/{shard.sha256[:2]}/{shard.sha256}", 700)
+    flip(tmp_path / f"cache/files/{shard.index_sha256[:2]}/{shard.index_sha256}", 40)
+    server.requests.clear()
+    assert texts(folder) == expected
+    assert server.count("GET") == {shard.path: 1, shard.index_path: 1}
+
+
+def test_damage_behind_the_url_is_named(server: Server, built: Path, tmp_path: Path) -> None:
+    manifest = put(built)
+    damaged, missing, index = (manifest.shards[number] for number in (1, 3, 4))
+    flip(built / damaged.path, 700)
+    fsspec.filesystem("s3").put_file(str(built / damaged.path), f"{URL}/{damaged.path}")
+    fsspec.filesystem("s3").rm_file(f"{URL}/{missing.path}")
+    folder = ShardFolder.open(URL, CacheConfig(dir=str(tmp_path / "cache")))
+    assert folder.check_files() == [missing]
+    reader = ShardReader([folder], "train")
+    assert reader.missing_rows().tolist() == list(range(24, 32))
+    server.requests.clear()
+    for row in (8, 9, 15):
+        with pytest.raises(SampleError, match=f"the shard {damaged.path} is not what the manifest says"):
+            reader.read(row)
+    assert server.count("GET")[damaged.path] == 2  # once more, and never again
+    for row in (24, 31):
+        with pytest.raises(SampleError, match=f"the shard {missing.path} is missing"):
+            reader.read(row)
+    flip(built / index.index_path, 40)
+    fsspec.filesystem("s3").put_file(str(built / index.index_path), f"{URL}/{index.index_path}")
+    cached = tmp_path / f"cache/files/{index.index_sha256[:2]}/{index.index_sha256}"
+    cached.unlink(missing_ok=True)
+    with pytest.raises(UserError, match=rf"{URL}/{index.index_path}: changed since the manifest was written"):
+        ShardReader([folder], "train").column("size")
+
+
+def test_a_cache_that_is_removed_meanwhile_is_made_again(server: Server, built: Path, tmp_path: Path) -> None:
+    put(built)
+    folder = ShardFolder.open(URL, CacheConfig(dir=str(tmp_path / "cache")))
+    expected = texts(folder)
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    assert texts(folder) == expected
+
+
+# A process that is killed in the middle of a download, and one that is killed while it waits for it.
+SLOW = """
+import sys, time
+from pathlib import Path
+from crossguard.configs.saved import as_plain
+from crossguard.configs.schema.data import CacheConfig
+from crossguard.data.shards.cache import NodeCache
+def download(target):
+    target.write_bytes(b"half")
+    print("downloading", flush=True)
+    time.sleep(600)
+NodeCache.open(CacheConfig(dir=sys.argv[1])).open_file(sys.argv[2], 1000, download)
+"""
+CONTENT = b"whole" * 200
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def write(target: Path) -> None:
+    target.write_bytes(CONTENT)
+
+
+def content(cache: NodeCache, download: Any = write, sha256: str = SHA256, size: int = 1000, **options: Any) -> bytes:
+    descriptor = cache.open_file(sha256, size, download, **options)
+    try:
+        return os.pread(descriptor, 10**6, 0)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_download_that_was_killed_leaves_nothing(tmp_path: Path, same: bool) -> None:
+    config = CacheConfig(dir=str(tmp_path / "cache"), max_gb=1500 / GB)
+    wanted = SHA256 if same else SHA256[:3] + "0" * 61
+    with subprocess.Popen([sys.executable, "-c", SLOW, config.dir or "", wanted], stdout=subprocess.PIPE) as slow:
+        assert slow.stdout is not None
+        assert slow.stdout.readline() == b"downloading\n"
+        cache = NodeCache.open(config)
+        assert [path.name for path in (tmp_path / "cache/partial").iterdir()] == [f"{wanted}.1000"]
+        slow.kill()
+    assert content(cache) == CONTENT
+    assert [path.name for path in (tmp_path / "cache").glob("*/*/*")] == [SHA256]
+    assert not any((tmp_path / "cache/partial").iterdir())
+
+
+def test_room_is_made_by_what_was_used_last(tmp_path: Path) -> None:
+    cache = NodeCache.open(CacheConfig(dir=str(tmp_path / "cache"), max_gb=3500 / GB))
+    files = {hashlib.sha256(data).hexdigest(): data for data in (bytes([number]) * 1000 for number in range(5))}
+    names = list(files)
+
+    def fetch(name: str) -> None:
+        assert content(cache, lambda target: target.write_bytes(files[name]), name) == files[name]
+        time.sleep(0.01)  # file systems count time in ticks
+
+    for name in [*names[:3], names[0], names[3]]:
+        fetch(name)
+    kept = {path.name for path in (tmp_path / "cache/files").glob("*/*")}
+    assert names[0] in kept
+    assert names[3] in kept
+    assert names[1] not in kept
+    reading = cache.open_file(names[3], 1000, write)
+    for name in (names[1], names[2], names[4]):
+        fetch(name)
+    assert not (tmp_path / f"cache/files/{names[3][:2]}/{names[3]}").exists()
+    assert os.pread(reading, 1000, 0) == files[names[3]]
+    os.close(reading)
+
+
+def test_a_damaged_download_is_tried_once_more(tmp_path: Path) -> None:
+    cache = NodeCache.open(CacheConfig(dir=str(tmp_path / "cache")))
+    contents = iter([b"wrong", CONTENT])
+    assert content(cache, lambda target: target.write_bytes(next(contents))) == CONTENT
+    other = "0" * 64
+    with pytest.raises(DamagedError):
+        content(cache, write, other)
+    with pytest.raises(ZeroDivisionError):
+        content(cache, lambda target: target.write_bytes(b"half") and 1 // 0, other)
+    assert {path.name for path in (tmp_path / "cache").glob("*/*") if path.is_file()} == {SHA256[:3], "000"}  # locks
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_nothing_is_deleted_that_was_not_downloaded(tmp_path: Path, marked: bool) -> None:
+    cache = tmp_path / "cache"
+    foreign = {"precious.tar": b"1", "files/precious": b"2", "files/ab/precious.tar": b"3", "partial/mine.tar": b"4"}
+    if marked:
+        NodeCache.open(CacheConfig(dir=str(cache)))
+    for name, data in foreign.items():
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(data)
+    config = CacheConfig(dir=str(cache), max_gb=1001 / GB)
+    if marked:
+        for number in range(5):
+            data = bytes([number]) * 1000
+            name = hashlib.sha256(data).hexdigest()
+            assert content(NodeCache.open(config), lambda target, data=data: target.write_bytes(data), name) == data
+    else:
+        with pytest.raises(UserError, match=r"data.cache.dir: .*cache is neither empty nor a cache; choose another"):
+            NodeCache.open(config)
+        assert not (cache / MARKER).exists()
+    assert {name: (cache / name).read_bytes() for name in foreign} == foreign
+
+
+def test_a_cache_and_shards_never_lie_in_each_other(built: Path) -> None:
+    for folder in (built, built / "train", built.parent):
+        for location in (str(built), f"file://{built}"):
+            with pytest.raises(UserError, match=r"data.cache.dir: .* lie in each other; choose another folder"):
+                ShardFolder.open(location, CacheConfig(dir=str(folder)))
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.cache.dir: .*file/cache cannot be written \(Not a directory\)"):
+        NodeCache.open(CacheConfig(dir=str(tmp_path / "file/cache")))
+
+
+def test_a_saved_configuration_keeps_urls() -> None:
+    config = make_config(None, data={"shards": URL, "cache": CacheConfig(dir="/somewhere/cache")})
+    data = as_plain(config)["data"]
+    assert data["shards"] == URL
+    assert data["cache"]["dir"] == os.path.relpath("/somewhere/cache")
+
+
+def test_other_urls(built: Path, tmp_path: Path) -> None:
+    config = CacheConfig(dir=str(tmp_path / "cache"))
+    expected = texts(ShardFolder.open(f"file://{built}", config))
+    assert not (tmp_path / "cache").exists()
+    publish(built, Manifest.load(built), "memory://shards/here/")
+    assert texts(ShardFolder.open("memory://shards/here", config)) == expected
+    for url, message in (
+        ("abfs://container/x", "abfs://container/x: the package that opens it is missing; pip install adlfs"),
+        ("s4://bucket/x", "s4://bucket/x: cannot be opened .*Protocol not known: s4"),
+        ("memory://nothing", "memory://nothing/manifest.json: not found; build the shards first"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ShardFolder.open(url, config)
+
+
+def test_a_network_that_fails_is_tried_again_and_refusal_is_not(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    publish(built, Manifest.load(built), "memory://failing")
+    original, errors, calls = MemoryFileSystem.cat_file, [], []
+
+    def failing(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        calls.append(path)
+        if errors:
+            raise errors.pop()
+        return original(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
+    config = CacheConfig(dir=str(tmp_path / "cache"))
+
+    class LibraryError(Exception):
+        """As the libraries of stores have."""
+
+    errors += [TimeoutError(errno.ETIMEDOUT, "timed out"), LibraryError("slow down")] * 3
+    assert ShardFolder.open("memory://failing", config).manifest.splits == {"train": 44}
+    assert len(calls) == 7
+    errors += [LibraryError("slow down")] * 20
+    with pytest.raises(JobError, match=r"memory://failing/manifest.json: LibraryError: slow down, 8 tries; check"):
+        ShardFolder.open("memory://failing", config)
+    errors[:], calls[:] = [PermissionError(errno.EACCES, "Access Denied")], []
+    with pytest.raises(UserError, match=r"memory://failing/manifest.json: Access Denied; give this user access"):
+        ShardFolder.open("memory://failing", config)
+    assert len(calls) == 1
+
+
+def test_a_job_builds_into_a_bucket_and_previews_from_it(server: Server, workspace: Path, tmp_path: Path) -> None:
+    arguments = ["recipe=my_posts.yaml", f"run_dir={tmp_path}/run", f"data.shards={URL}", "data.cache.dir=cache"]
+    said = run_command(["crossguard", "build", *arguments], workspace)
+    assert f" -> {URL}" in said.stdout
+    assert "skipped" in run_command(["crossguard", "build", *arguments], workspace).stdout
+    preview = ["crossguard", "shards", "preview", "step=2"]
+    here = run_command(
+        [*preview, "recipe=my_posts.yaml", f"run_dir={tmp_path}/x", "data.shards=runs/my_posts/shards"], workspace
+    )
+    assert run_command([*preview, *arguments], workspace).stdout == here.stdout
+    assert (workspace / "cache" / MARKER).exists()
+    refused = run_command(["crossguard", "build", *arguments, "data.shards=gs://bucket/x"], workspace, status=2)
+    assert refused.stderr == "crossguard: gs://bucket/x: the package that opens it is missing; pip install gcsfs\n"
