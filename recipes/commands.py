@@ -19,7 +19,7 @@ def run(argv: list[str]) -> None:
     ablations = job.ablations()
     check_ranks(job)
     if job.has_posts or not job.has_shards:
-        _do(BUILD, job)
+        _build(job)
     _do(TRAIN, job)
     for name, ablation in ablations.items():
         _do(TRAIN, ablation, f" (ablation {name})")
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> None:
 
 def build(argv: list[str]) -> None:
     """Posts to shards."""
-    _do(BUILD, Job.from_arguments(argv))
+    _build(Job.from_arguments(argv))
 
 
 def train(argv: list[str]) -> None:
@@ -93,6 +93,13 @@ def doctor(argv: list[str]) -> None:
     from crossguard.recipes.doctor import examine
 
     examine(Path.cwd())
+
+
+def _build(job: Job) -> None:
+    from crossguard.data.shards.executor import open_executor
+
+    open_executor(job.config.build)  # what is not installed is told before all posts are read
+    _do(BUILD, job)
 
 
 def _do(stage: Stage, job: Job, which: str = "") -> None:

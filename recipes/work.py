@@ -16,7 +16,8 @@ def build(job: Job) -> None:
 
     manifest = build_shards(job.config, job.shards_dir, job.run_dir / "quarantine.jsonl")
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
-    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {job.shards_dir}", flush=True)
+    version = f" (version {manifest.version})" if manifest.parent else ""
+    print(f"build: {counts} posts in {len(manifest.shards)} shards{version} -> {job.shards_dir}", flush=True)
     left_out = {**manifest.left_out, "missing or corrupt media, see quarantine.jsonl": manifest.refused}
     if any(left_out.values()):
         named = ", ".join(f"{count:,} ({rule})" for rule, count in left_out.items() if count)

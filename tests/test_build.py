@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from build_job import build, files_of, make_config, make_posts, picture, write_lines
+from build_job import build, build_line, files_of, make_config, make_posts, picture, write_lines
 
 from crossguard.configs.errors import JobError, UserError
 from crossguard.data.records import epoch_seconds, post_key
@@ -261,17 +261,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def job(posts: Path, run_dir: Path, workers: int, *kill: str) -> list[str]:
-    return [
-        sys.executable,
-        str(Path(__file__).with_name("build_job.py")),
-        str(posts),
-        str(run_dir),
-        str(workers),
-        *kill,
-    ]
-
-
 def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
     posts = write_lines(tmp_path / "p.jsonl", make_posts(30))
     whole = build(make_config(posts, samples_per_shard=2), tmp_path / "whole")
@@ -287,7 +276,7 @@ def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
         ("files.sync", 2),  # a tar has just been renamed
         ("manifest.write_atomic", 1),  # every shard is done
     ):
-        line = job(posts, tmp_path / "run", 1, f"crossguard.data.shards.{function}", str(call))
+        line = build_line(posts, tmp_path / "run", 1, f"crossguard.data.shards.{function}", str(call))
         ended = subprocess.run(line, stderr=subprocess.DEVNULL, check=False)
         assert ended.returncode == -signal.SIGKILL, function
         assert not (shards / "manifest.json").exists()
@@ -306,7 +295,7 @@ def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
 def test_the_processes_of_a_killed_build_die_with_it(tmp_path: Path) -> None:
     posts = write_lines(tmp_path / "p.jsonl", make_posts(600))
     done = tmp_path / "run/shards/.build/done"
-    process = subprocess.Popen(job(posts, tmp_path / "run", 2), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(build_line(posts, tmp_path / "run", 2), stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(done.glob("*.json"))) >= 5, process)
     children = children_of(process.pid)
     process.send_signal(signal.SIGKILL)

@@ -103,7 +103,9 @@ def test_the_index_finds_every_sample(posts: Path, tmp_path: Path) -> None:
         assert len(rows) == shard.samples
         by_stratum = list(zip(rows["stratum"].tolist(), rows["key"].tolist(), strict=True))
         assert by_stratum == sorted(by_stratum)
-        assert [manifest.strata[row] for row in rows["stratum"]] == [s for s, n in shard.strata.items() for _ in range(n)]
+        assert [manifest.strata[row] for row in rows["stratum"]] == [
+            s for s, n in shard.strata.items() for _ in range(n)
+        ]
         for row, key in zip(rows, hex_keys(rows), strict=True):
             start, end = int(row["offset"]), int(row["offset"] + row["size"])
             assert xxhash.xxh3_64_intdigest(tar[start:end]) == row["digest"]

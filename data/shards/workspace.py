@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 from crossguard.configs.errors import JobError, UserError
-from crossguard.data.shards.manifest import FILE_NAME
+from crossguard.data.shards import plan as plans
+from crossguard.data.shards.manifest import FILE_NAME, VERSIONS_FOLDER, Manifest, version_name
 from crossguard.data.shards.plan import Plan
 from crossguard.data.shards.writer import BUILD_FOLDER, DONE_FOLDER
 
@@ -54,17 +55,27 @@ class Workspace:
                 with suppress(OSError):
                     folder.rmdir()
         elif error is None:
+            # First the plan: without it, what a kill leaves of the folder is no build to go on with.
+            (self.path / plans.FILE_NAME).unlink(missing_ok=True)
             shutil.rmtree(self.path)
         os.close(self._lock)
 
     def discard(self) -> None:
-        """Remove all that an unfinished build wrote, but not the lock."""
+        """Remove all that an unfinished build wrote, but not the lock and nothing that a manifest lists."""
         plan = Plan.load(self.path)
+        current = Manifest.load(self.shards_dir) if (self.shards_dir / FILE_NAME).exists() else None
+        listed = {shard.path for shard in current.shards} if current else set()
         for shard in plan.shards if plan else ():
-            for path in (shard.path, shard.index_path):
-                (self.shards_dir / path).unlink(missing_ok=True)
+            if shard.path not in listed:
+                for path in (shard.path, shard.index_path):
+                    (self.shards_dir / path).unlink(missing_ok=True)
         if plan:
             self.remove_empty_splits(plan)
+        if current:
+            (self.shards_dir / version_name(current.sha256)).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.shards_dir / VERSIONS_FOLDER).rmdir()
+        (self.path / plans.FILE_NAME).unlink(missing_ok=True)  # before what it speaks of
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
