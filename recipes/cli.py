@@ -28,7 +28,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "bundle=DIR data.path=POSTS [output=predictions.parquet]",
         "score posts with a bundle",
     ),
-    "shards": (commands.shards, "preview recipe=NAME step=N [key=value …]", "tools for shards"),
+    "shards": (
+        commands.shards,
+        "verify SHARDS [--json] | stats SHARDS [--json] | preview recipe=NAME step=N [key=value …]",
+        "tools for shards",
+    ),
     "recipes": (commands.recipes, "", "the recipes, a sentence each"),
     "config": (commands.config, "recipe=NAME [key=value …]", "every field: value, meaning, where the value comes from"),
     "doctor": (commands.doctor, "", "check this machine and say what to do"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from crossguard.configs.arguments import take
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.checks import one_of
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
 from crossguard.recipes.work import check_ranks
@@ -56,19 +53,9 @@ def predict(argv: list[str]) -> None:
 
 def shards(argv: list[str]) -> None:
     """Tools for shards."""
-    one_of("shards", argv[0] if argv else "", ("preview",))
-    own, rest = take(argv[1:], "step")
-    if not own.get("step", "").isdigit() or int(own["step"]) < 1:
-        raise UserError(f"step={own.get('step', '')}: say step=N with N from 1")
-    job = Job.from_arguments(rest)
-    from crossguard.data.loading.preview import preview
-    from crossguard.data.taxonomy import Taxonomy
-    from crossguard.train.encode import PostEncoder
+    from crossguard.recipes.shard_tools import shards as use_tool
 
-    step = int(own["step"])
-    encode = PostEncoder(job.config.model, Taxonomy.from_config(job.config.taxonomy))
-    ids = preview(job.config, job.shards_dir, job.run_dir, step, encode)
-    print(json.dumps({"step": step, "ids": ids}, ensure_ascii=False))
+    use_tool(argv)
 
 
 def recipes(argv: list[str]) -> None:

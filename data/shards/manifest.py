@@ -98,17 +98,19 @@ class Manifest:
 
     def save(self, shards_dir: Path, staging: Path | None = None) -> Manifest:
         """Swap the manifest in, atomically (by way of the folder `staging`), and return it with its hash."""
-        value = self._content()
-        sealed = replace(self, sha256=_hash(value))
-        content = canonical_json({**value, "sha256": sealed.sha256}) + b"\n"
-        write_atomic(shards_dir / FILE_NAME, content, staging)
+        sealed = replace(self, sha256=_hash(self._content()))
+        write_atomic(shards_dir / FILE_NAME, sealed.encode(), staging)
         return sealed
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        return canonical_json({**self._content(), "sha256": self.sha256}) + b"\n"
 
     def keep(self, shards_dir: Path, staging: Path | None = None) -> None:
         """Keep the manifest that is in place among the earlier ones, for when another takes its place."""
         path = shards_dir / version_name(self.sha256)
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, (shards_dir / FILE_NAME).read_bytes(), staging)
+        write_atomic(path, self.encode(), staging)
 
     def _content(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from crossguard.data.curation.governance import RULES
 from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import atomic_file, write_atomic
 from crossguard.data.shards.manifest import Manifest, ShardInfo
-from crossguard.data.shards.spool import SpoolWriter
+from crossguard.data.shards.spool import POSITIVE_FROM, SpoolWriter
 from crossguard.data.taxonomy import BENIGN
 
 FILE_NAME = "plan.json"
@@ -151,6 +152,11 @@ def _assign_strata(
     numbers = np.array([strata.index(name) for name in found], dtype=np.uint32)
     rows["stratum"] = numbers[inverse] if len(rows) else 0
     return tuple(strata)
+
+
+def stratum_of(language: str, labels: Mapping[str, float], rarity: tuple[str, ...]) -> str:
+    """The stratum of one post: its language and the rarest policy that it violates."""
+    return f"{language}/{next((name for name in rarity if labels.get(name, 0) >= POSITIVE_FROM), BENIGN)}"
 
 
 def _cut(splits: list[tuple[str, int]], size: int, parent: Manifest | None) -> tuple[PlannedShard, ...]:

@@ -21,6 +21,7 @@ from crossguard.data.shards.files import pread
 from crossguard.data.shards.index import AUDIO, IMAGE, TEXT, VIDEO
 
 FILE_NAME = "spool.bin"
+POSITIVE_FROM = 0.5  # a fraction of votes counts as violating from here on
 
 
 def row_dtype(num_policies: int) -> np.dtype:
@@ -69,8 +70,7 @@ class SpoolWriter:
         row["language"] = self.languages.setdefault(post.language, len(self.languages))
         row["expires_at"] = epoch_seconds(post.expires_at) if post.expires_at else 0
         row["modalities"] = _modalities(post)
-        # A fraction of votes counts as violating from one half.
-        row["positive"] = [post.labels.get(policy, 0.0) >= 0.5 for policy in self._policies]
+        row["positive"] = [post.labels.get(policy, 0.0) >= POSITIVE_FROM for policy in self._policies]
 
     def add_left_out(self, post: Post, rule: int, place: str) -> None:
         """Remember the key, the place and the expiry of a post that is left out, and nothing else of it."""

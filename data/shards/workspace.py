@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from crossguard.data.shards.plan import Plan
 from crossguard.data.shards.writer import BUILD_FOLDER, DONE_FOLDER
 
 _LOCK = "lock"
+# A process that was killed while it started another one leaves that one with the lock until it has died as well.
+_SECONDS_TO_DIE = 5
 
 
 class Workspace:
@@ -99,6 +102,7 @@ def _lock(folder: Path) -> int:
     Raises:
         JobError: another process holds it.
     """
+    deadline = time.monotonic() + _SECONDS_TO_DIE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -110,6 +114,9 @@ def _lock(folder: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode()
             os.close(descriptor)
+            if not _alive(holder) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise JobError(
                 f"{folder.parent}: process {holder or '?'} is building here; wait for it or end it"
             ) from None
@@ -118,3 +125,13 @@ def _lock(folder: Path) -> int:
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             return descriptor
         os.close(descriptor)  # the lock of a folder that another build has removed meanwhile
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
