@@ -19,7 +19,16 @@ from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.records import post_key
 from crossguard.data.shards.index import hex_keys, read_index
 from crossguard.data.shards.manifest import Manifest, version_name
+from crossguard.recipes.job import Job
+from crossguard.recipes.stages import BUILD, run_stage
 
+NIGHTLY = """
+defaults:
+  - override /model: small
+taxonomy: {name: test, policies: [{name: hate}, {name: spam}]}
+data: {path: posts.jsonl}
+build: {append: true, samples_per_shard: 8, num_workers: 1}
+"""
 Stamps = dict[str, tuple[int, int]]
 
 
@@ -233,3 +242,23 @@ def test_a_killed_append_goes_on_and_another_one_removes_it(
         {version_name(whole.sha256)} if finished else set()
     )
     assert set(files_of(tmp_path / "other/shards")) == {"manifest.json", *listed, *versions}
+
+
+def test_a_nightly_job_builds_only_what_is_new(posts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nightly.yaml").write_text(NIGHTLY)
+    job = Job.from_arguments(["recipe=nightly.yaml"])
+    write_lines(posts, some(0, 30))
+    assert run_stage(BUILD, job)
+    assert not run_stage(BUILD, job)
+    before = stamps(job.shards_dir)
+    write_lines(posts, some(0, 40))
+    assert run_stage(BUILD, job)
+    assert Manifest.load(job.shards_dir).version == 2
+    assert before.items() - stamps(job.shards_dir).items() == {("manifest.json", before["manifest.json"])}
+    assert not run_stage(BUILD, job)
+    # Nothing new for the shards: the stage looks, and the next time knows.
+    write_lines(posts, [*some(0, 40), {"id": "no", "text": "t", "labels": {}, "consent": False}])
+    assert run_stage(BUILD, job)
+    assert Manifest.load(job.shards_dir).version == 2
+    assert not run_stage(BUILD, job)
