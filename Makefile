@@ -35,7 +35,7 @@ lint: setup
 constraints:
 	$(PYTHON) -m venv $(VENV).new
 	$(VENV).new/bin/pip install --quiet 'torch==2.13.0'
-	$(VENV).new/bin/pip install --quiet --editable '.[dev]'
+	$(VENV).new/bin/pip install --quiet --editable '.[dev,ray]'
 	$(VENV).new/bin/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
 	rm -rf $(VENV).new
 

@@ -12,8 +12,11 @@ from crossguard.configs.errors import UserError
 # lie may change because a run directory may be copied; their content is checked by the hash in the order's state.
 MAY_CHANGE = (
     "ablations",
+    "build.append",
+    "build.executor",
     "build.max_errors_listed",
     "build.num_workers",
+    "build.ray_address",
     "checkpoint",
     "data.cache",
     "data.mixing.datasets",

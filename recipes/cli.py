@@ -30,8 +30,8 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     ),
     "shards": (
         commands.shards,
-        "preview recipe=NAME step=N [key=value …] | exposure SAMPLE_ID run_dir=DIR",
-        "which samples a step holds; which steps and checkpoints held a sample",
+        "verify SHARDS | stats SHARDS | preview recipe=NAME step=N [key=value …] | exposure SAMPLE_ID run_dir=DIR",
+        "tools for shards: damage, counts, the samples of a step, the steps of a sample",
     ),
     "recipes": (commands.recipes, "", "the recipes, a sentence each"),
     "config": (commands.config, "recipe=NAME [key=value …]", "every field: value, meaning, where the value comes from"),

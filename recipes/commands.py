@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.checks import one_of
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
 from crossguard.recipes.work import check_ranks
@@ -17,7 +16,7 @@ def run(argv: list[str]) -> None:
     ablations = job.ablations()
     check_ranks(job)
     if job.has_posts or not job.has_shards:
-        _do(BUILD, job)
+        _build(job)
     _do(TRAIN, job)
     for name, ablation in ablations.items():
         _do(TRAIN, ablation, f" (ablation {name})")
@@ -27,7 +26,7 @@ def run(argv: list[str]) -> None:
 
 def build(argv: list[str]) -> None:
     """Posts to shards."""
-    _do(BUILD, Job.from_arguments(argv))
+    _build(Job.from_arguments(argv))
 
 
 def train(argv: list[str]) -> None:
@@ -54,11 +53,9 @@ def predict(argv: list[str]) -> None:
 
 def shards(argv: list[str]) -> None:
     """Tools for shards."""
-    from crossguard.recipes import sample_queries
+    from crossguard.recipes.shard_tools import shards as use_tool
 
-    tools = {"preview": sample_queries.preview, "exposure": sample_queries.exposure}
-    one_of("shards", argv[0] if argv else "", tuple(tools))
-    tools[argv[0]](argv[1:])
+    use_tool(argv)
 
 
 def recipes(argv: list[str]) -> None:
@@ -83,6 +80,13 @@ def doctor(argv: list[str]) -> None:
     from crossguard.recipes.doctor import examine
 
     examine(Path.cwd())
+
+
+def _build(job: Job) -> None:
+    from crossguard.data.shards.executor import open_executor
+
+    open_executor(job.config.build)  # what is not installed is told before all posts are read
+    _do(BUILD, job)
 
 
 def _do(stage: Stage, job: Job, which: str = "") -> None:

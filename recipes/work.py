@@ -23,7 +23,8 @@ def build(job: Job) -> None:
     if folder is None:
         publish(staging, manifest, location)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.splits.items())
-    print(f"build: {counts} posts in {len(manifest.shards)} shards -> {location}", flush=True)
+    version = f" (version {manifest.version})" if manifest.parent else ""
+    print(f"build: {counts} posts in {len(manifest.shards)} shards{version} -> {location}", flush=True)
     left_out = {**manifest.left_out, "missing or corrupt media, see quarantine.jsonl": manifest.refused}
     if any(left_out.values()):
         named = ", ".join(f"{count:,} ({rule})" for rule, count in left_out.items() if count)

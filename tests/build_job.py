@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import itertools
 import json
 import os
+import pkgutil
 import signal
 import sys
 from pathlib import Path
@@ -67,10 +67,17 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def build_line(posts: Path, run_dir: Path, workers: int, *more: str) -> list[str]:
+    """The command that runs this file: builds with two posts a shard; `more` is where to be killed, or "append"."""
+    return [sys.executable, __file__, str(posts), str(run_dir), str(workers), *more]
+
+
 def kill_at(function: str, call: int) -> None:
     """Have this process killed where it would make its `call`-th call of `module.function`."""
-    module, _, name = function.rpartition(".")
-    owner, calls = importlib.import_module(module), itertools.count(1)
+    path, _, name = function.rpartition(".")
+    # The part of a module, or of a class in it, that makes the call.
+    owner: Any = pkgutil.resolve_name(path)
+    calls = itertools.count(1)
     original = getattr(owner, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +89,8 @@ def kill_at(function: str, call: int) -> None:
 
 
 if __name__ == "__main__":
-    posts_path, run_path, num_workers, *kill = sys.argv[1:]
-    if kill:
-        kill_at(kill[0], int(kill[1]))
-    build(make_config(Path(posts_path), samples_per_shard=2, num_workers=int(num_workers)), Path(run_path))
+    posts_path, run_path, num_workers, *more = sys.argv[1:]
+    if len(more) > 1:
+        kill_at(more[0], int(more[1]))
+    settings = {"samples_per_shard": 2, "num_workers": int(num_workers), "append": "append" in more}
+    build(make_config(Path(posts_path), **settings), Path(run_path))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from build_job import build, files_of, make_config, make_posts, picture, write_lines
+from build_job import build, build_line, files_of, make_config, make_posts, picture, write_lines
 
 from crossguard.configs.errors import JobError, UserError
 from crossguard.data.records import epoch_seconds, post_key
@@ -176,7 +176,39 @@ def test_all_wrong_lines_are_told_and_nothing_is_left(tmp_path: Path) -> None:
         "8 errors in the posts; nothing was built",
     ]
     shortened = build_error(tmp_path, tmp_path, max_errors_listed=7).splitlines()
-    assert shortened[7:] == ["… and 1 more (build.max_errors_listed=7)", "8 errors in the posts; nothing was built"]
+    assert shortened[:6] == message.splitlines()[:6]
+    assert shortened[6:] == [
+        "p.jsonl:3: id: stands already at p.jsonl:2 (and 1 more like it)",
+        "8 errors in the posts; nothing was built",
+    ]
+    shortened = build_error(tmp_path, tmp_path, max_errors_listed=2).splitlines()
+    assert shortened[2:] == ["… and 6 more (build.max_errors_listed=2)", "8 errors in the posts; nothing was built"]
+
+
+def test_a_wrong_column_is_told_once_and_hides_nothing(tmp_path: Path) -> None:
+    rows = [f"p{number},yes,t,{2 if number == 150 else 0}" for number in range(300)]
+    (tmp_path / "p.csv").write_text("\n".join(["id,labels.hate,text,labels.spam", *rows]))
+    assert build_error(tmp_path / "p.csv", tmp_path, data={"source": "table"}).splitlines() == [
+        "p.csv:2: labels.hate: must be a number between 0 and 1 or null, not a string (and 299 more like it)",
+        "p.csv:152: labels.spam: must lie between 0 and 1, not 2",
+        "301 errors in the posts; nothing was built",
+    ]
+
+
+def test_media_that_changed_without_changing_size_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    large = bytes(1 << 20)
+    (tmp_path / "v.mp4").write_bytes(large)
+    posts = [{"id": "1", "image": "a.png", "labels": {}}, {"id": "2", "video": "v.mp4", "labels": {}}]
+    config = make_config(write_lines(tmp_path / "p.jsonl", posts))
+    manifest = build(config, tmp_path / "run")
+    for name, data in (("a.png", picture()[:-1] + b"x"), ("v.mp4", large[:-1] + b"x"), ("v.mp4", b"x" + large[1:])):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match="other posts"):
+            build(config, tmp_path / "run")
+        (tmp_path / name).write_bytes(before)
+    assert build(config, tmp_path / "run") == manifest
 
 
 def test_no_posts_is_an_error(tmp_path: Path) -> None:
@@ -276,17 +308,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def job(posts: Path, run_dir: Path, workers: int, *kill: str) -> list[str]:
-    return [
-        sys.executable,
-        str(Path(__file__).with_name("build_job.py")),
-        str(posts),
-        str(run_dir),
-        str(workers),
-        *kill,
-    ]
-
-
 def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
     posts = write_lines(tmp_path / "p.jsonl", make_posts(30))
     whole = build(make_config(posts, samples_per_shard=2), tmp_path / "whole")
@@ -302,7 +323,7 @@ def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
         ("files.sync", 2),  # a tar has just been renamed
         ("manifest.write_atomic", 1),  # every shard is done
     ):
-        line = job(posts, tmp_path / "run", 1, f"crossguard.data.shards.{function}", str(call))
+        line = build_line(posts, tmp_path / "run", 1, f"crossguard.data.shards.{function}", str(call))
         ended = subprocess.run(line, stderr=subprocess.DEVNULL, check=False)
         assert ended.returncode == -signal.SIGKILL, function
         assert not (shards / "manifest.json").exists()
@@ -321,7 +342,7 @@ def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
 def test_the_processes_of_a_killed_build_die_with_it(tmp_path: Path) -> None:
     posts = write_lines(tmp_path / "p.jsonl", make_posts(600))
     done = tmp_path / "run/shards/.build/done"
-    process = subprocess.Popen(job(posts, tmp_path / "run", 2), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(build_line(posts, tmp_path / "run", 2), stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(done.glob("*.json"))) >= 5, process)
     children = children_of(process.pid)
     process.send_signal(signal.SIGKILL)

@@ -103,7 +103,7 @@ def test_a_copied_run_directory_is_still_done(workspace: Path, tmp_path: Path) -
         (["build", *RUN, "data.path=nowhere", "run_dir=runs/other"], "data.path=nowhere"),
         (["predict", "bundle=runs/my_posts", "data.path=posts"], "manifest.json: unreadable"),
         (["predict", "bundle=runs/my_posts/bundle", "train.lr=1"], "train.lr=1: predict takes"),
-        (["shards", "verifi"], "shards=verifi: allowed: preview, exposure"),
+        (["shards", "verifi"], "shards: verifi: did you mean"),
         (["shards", "preview", *RUN, "step=0"], "step=0: say step=N"),
     ],
 )

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.checks import at_least, within
+from crossguard.configs.schema.checks import at_least, one_of, within
+
+EXECUTORS = ("processes", "ray")
 
 # A split is a folder of the shards.
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -16,8 +18,16 @@ SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class BuildConfig:
     """Shard size, processes and what is tolerated."""
 
-    # Processes that write shards; any number writes the same bytes.
+    # Processes that write shards at a time, on all machines together; any number writes the same bytes.
     num_workers: int = 2
+    # Where they run: `processes` of this machine, or `ray`, a cluster whose machines share the folders of shards and
+    # media (pip install 'crossguard[ray]').
+    executor: str = "processes"
+    # The Ray cluster; by default the one that this machine belongs to, else one is started here for the build.
+    ray_address: str | None = None
+    # Where shards are there already: add shards for the posts that are new. Those that are there stay as they are; a
+    # post that has changed since, or is gone, is an error.
+    append: bool = False
     # Posts in a shard; the last shard of a split may hold fewer.
     samples_per_shard: int = 2000
     # Share of the posts that may be refused (missing or corrupt media) before the build fails.
@@ -29,6 +39,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         at_least("build.num_workers", self.num_workers, 1)
+        one_of("build.executor", self.executor, EXECUTORS)
         at_least("build.samples_per_shard", self.samples_per_shard, 1)
         within("build.max_refused", self.max_refused, 0, 1)
         at_least("build.max_errors_listed", self.max_errors_listed, 1)

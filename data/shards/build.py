@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from crossguard.configs.errors import JobError, UserError
-from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.progress import progress
 from crossguard.configs.schema import Config
 from crossguard.data.curation.splits import Splitter
 from crossguard.data.records import canonical_json
 from crossguard.data.shards import manifest as manifests
+from crossguard.data.shards import plan as plans
 from crossguard.data.shards import spool as spools
+from crossguard.data.shards.append import posts_held
+from crossguard.data.shards.executor import Executor, open_executor
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.shards.plan import Plan, make_plan
 from crossguard.data.shards.scan import scan
 from crossguard.data.shards.workspace import Workspace
-from crossguard.data.shards.writer import DoneShard, ShardTask, read_done, write_shard
+from crossguard.data.shards.writer import BUILD_FOLDER, DoneShard, ShardTask, read_done, write_shard
 from crossguard.data.sources import Source, open_source
 from crossguard.data.taxonomy import Taxonomy
 
@@ -49,6 +45,10 @@ def build_shards(
     manifest appears last: a folder with a manifest is complete. Without `data.path`, shards that were built before are
     taken as they are.
 
+    With `build.append` and shards of other posts in the folder, the posts that are new go into new shards, and a new
+    manifest that names the old one as its parent replaces it. The old one stays in `manifests/`, and so do its shards.
+    Where no post is new to the shards, the manifest stays.
+
     Args:
         config: the recipe.
         shards_dir: where shards are written.
@@ -58,31 +58,32 @@ def build_shards(
 
     Raises:
         UserError: posts are wrong (all of them listed), too much media is missing or corrupt, or the folder holds
-            something else. Nothing half-built is left behind.
+            something else, or posts that `build.append` finds in the shards have changed. Nothing half-built is left
+            behind.
         JobError: another build is at work in the folder, a process died, or the disk failed. What is done is kept.
     """
     taxonomy = Taxonomy.from_config(config.taxonomy)
     if elsewhere := _built_elsewhere(config, shards_dir, taxonomy):
         return elsewhere
+    executor = open_executor(config.build)
     source = source or open_source(config.data, taxonomy, config.seed)
     inputs = _inputs_hash(config, taxonomy, source)
-    existing = _existing(shards_dir, inputs, taxonomy)
-    if existing and not Workspace(shards_dir).path.exists():
+    existing = _existing(shards_dir, inputs, taxonomy, config.build.append)
+    if existing and existing.inputs == inputs and not Workspace(shards_dir).path.exists():
         return existing
     try:
         with Workspace(shards_dir) as workspace:
-            if existing := _existing(shards_dir, inputs, taxonomy):
-                return existing
-            plan = _unfinished(workspace, inputs)
+            parent = _existing(shards_dir, inputs, taxonomy, config.build.append)
+            if parent and parent.inputs == inputs:
+                return parent
+            plan = _unfinished(workspace, inputs, parent)
             if plan is None:
-                plan = _scan(config, workspace, source, taxonomy, inputs, time.time() if now is None else now)
-            done = _write(plan, shards_dir, config.build.num_workers)
+                plan = _scan(config, workspace, source, inputs, parent, executor, time.time() if now is None else now)
+            done = _write(plan, shards_dir, executor)
             _quarantine(quarantine_path, done)
-            _check_refused(done, plan, config, quarantine_path)
+            _check_refused(done, plan, parent, config, quarantine_path)
             workspace.remove_empty_splits(plan)
-            return _manifest(plan, taxonomy, done).save(shards_dir, workspace.path)
-    except BrokenProcessPool:
-        raise JobError("build: a writing process was killed (out of memory?); start again, it goes on") from None
+            return _swap_in(plan, taxonomy, done, parent, workspace)
     except OSError as error:
         raise JobError(f"build: {error.strerror}: {error.filename or shards_dir}; start again, it goes on") from error
 
@@ -118,28 +119,31 @@ def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def _existing(shards_dir: Path, inputs: str, taxonomy: Taxonomy) -> Manifest | None:
-    """The shards of these inputs, if they are finished.
+def _existing(shards_dir: Path, inputs: str, taxonomy: Taxonomy, append: bool) -> Manifest | None:
+    """The finished shards in the folder: those of these inputs or, to append to, of any.
 
     Raises:
-        UserError: the folder holds shards of another taxonomy, or of other posts or settings.
+        UserError: the folder holds shards of another taxonomy, or of other inputs, and nothing says that they are to
+            be appended to.
     """
     if not (shards_dir / manifests.FILE_NAME).exists():
         return None
     found = Manifest.load(shards_dir)
     if found.inputs != inputs:
         found.check_taxonomy(taxonomy)
+    if found.inputs != inputs and not append:
         raise UserError(
-            f"{shards_dir}: holds shards of other posts or settings, which are never overwritten; "
-            "remove the folder, or choose another one with data.shards=DIR"
+            f"{shards_dir}: holds shards of other posts or settings, which are never overwritten; add new posts with "
+            "build.append=true, remove the folder, or choose another one with data.shards=DIR"
         )
     return found
 
 
-def _unfinished(workspace: Workspace, inputs: str) -> Plan | None:
+def _unfinished(workspace: Workspace, inputs: str, parent: Manifest | None) -> Plan | None:
     """The plan of a build of these inputs that was killed; what another one left is removed."""
     plan = Plan.load(workspace.path)
-    if plan and plan.inputs == inputs and all(Path(root).is_dir() for root in plan.roots):
+    same = plan and plan.inputs == inputs and plan.parent == (parent.sha256 if parent else "")
+    if plan and same and all(Path(root).is_dir() for root in plan.roots):
         return plan
     if plan:
         logger.warning("%s: an unfinished build of other posts or settings is removed", workspace.shards_dir)
@@ -151,56 +155,41 @@ def _scan(
     config: Config,
     workspace: Workspace,
     source: Source,
-    taxonomy: Taxonomy,
     inputs: str,
+    parent: Manifest | None,
+    executor: Executor,
     now: float,
 ) -> Plan:
-    """Read, check and spool all posts, and plan their shards."""
+    """Read, check and spool all posts, and plan the shards of those that the parent does not hold."""
+    taxonomy = Taxonomy.from_config(config.taxonomy)
+    if parent:
+        parent.check_taxonomy(taxonomy)
     spool = spools.SpoolWriter(workspace.path / spools.FILE_NAME, taxonomy.names)
     try:
         scan(source, taxonomy, Splitter(config.build.splits), spool, now, config.build.max_errors_listed)
+        held = posts_held(workspace.shards_dir, parent, spool, executor) if parent else None
     finally:
         spool.close()
-    plan, rows = make_plan(spool, taxonomy.names, inputs, config.data.limit, config.build.samples_per_shard)
-    if not plan.posts:
+    limit, samples_per_shard = config.data.limit, config.build.samples_per_shard
+    plan, rows = make_plan(spool, taxonomy.names, inputs, limit, samples_per_shard, parent, held)
+    if not plan.posts and not parent:
         kept_out = ", ".join(f"{count} by {rule}" for rule, count in plan.left_out.items() if count)
         raise UserError(f"data.path: no post may be used ({kept_out} left out); nothing was built")
     plan.save(workspace.path, rows)
     return plan
 
 
-def _write(plan: Plan, shards_dir: Path, num_workers: int) -> list[DoneShard]:
+def _write(plan: Plan, shards_dir: Path, executor: Executor) -> list[DoneShard]:
     """Write the shards that are not done yet, and return what became of all, in the order of the plan."""
-    done = {shard: found for shard in plan.shards if (found := read_done(shards_dir, shard))}
-    tasks = [ShardTask(shards_dir, shard, plan.roots, plan.strata) for shard in plan.shards if shard not in done]
+    folder = shards_dir.absolute()
+    done = {shard: found for shard in plan.shards if (found := read_done(folder, shard))}
+    tasks = [ShardTask(folder, shard, plan.roots, plan.strata) for shard in plan.shards if shard not in done]
+    needed = (folder / BUILD_FOLDER / plans.FILE_NAME, *map(Path, plan.roots))
     with progress("build", plan.posts, "posts", done=sum(shard.stop - shard.start for shard in done)) as shown:
-        for task, result in _run(tasks, min(num_workers, len(tasks))):
+        for task, result in executor.run(write_shard, tasks, needed):
             done[task.shard] = result
             shown.advance(task.shard.stop - task.shard.start)
     return [done[shard] for shard in plan.shards]
-
-
-def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, DoneShard]]:
-    if num_workers <= 1:
-        yield from ((task, write_shard(task)) for task in tasks)
-        return
-    # Spawned, not forked: this process may hold threads, and a forked one would inherit their locks.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
-        futures = {pool.submit(write_shard, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets running shards finish
-    die_with_parent()
-    if os.getppid() != parent:  # it ended before this process could ask to be told
-        os._exit(1)
 
 
 def _quarantine(path: Path, done: list[DoneShard]) -> None:
@@ -214,25 +203,39 @@ def _quarantine(path: Path, done: list[DoneShard]) -> None:
         write_atomic(path, b"".join(line + b"\n" for line in [*ours, *others]))
 
 
-def _check_refused(done: list[DoneShard], plan: Plan, config: Config, quarantine_path: Path) -> None:
+def _check_refused(
+    done: list[DoneShard], plan: Plan, parent: Manifest | None, config: Config, quarantine_path: Path
+) -> None:
     refused = [post for shard in done for post in shard.refused]
-    if len(refused) > config.build.max_refused * plan.posts:
+    posts = plan.posts + (sum(parent.splits.values()) if parent else 0)
+    if len(refused) > config.build.max_refused * posts:
         first = refused[0]
         start = f"data.media_dir={config.data.media_dir}" if config.data.media_dir else "the folder of the posts' file"
         raise UserError(
-            f"{first['place']}: {first['reason']}; {len(refused)} of {plan.posts} posts are refused for such media, "
+            f"{first['place']}: {first['reason']}; {len(refused)} of {posts} posts are refused for such media, "
             f"more than build.max_refused={config.build.max_refused}; paths start from {start}; all are named in "
             f"{quarantine_path}"
         )
 
 
-def _manifest(plan: Plan, taxonomy: Taxonomy, done: list[DoneShard]) -> Manifest:
-    return Manifest(
+def _swap_in(
+    plan: Plan, taxonomy: Taxonomy, done: list[DoneShard], parent: Manifest | None, workspace: Workspace
+) -> Manifest:
+    """Put the manifest in place; that of the parent is kept among the earlier ones."""
+    added = tuple(shard.info for shard in done if shard.info)
+    if parent and not added:
+        return parent
+    if parent:
+        parent.keep(workspace.shards_dir, workspace.path)
+    manifest = Manifest(
         taxonomy=taxonomy,
         rarity=plan.rarity,
         strata=plan.strata,
-        shards=tuple(shard.info for shard in done if shard.info),
+        shards=(*(parent.shards if parent else ()), *added),
         left_out=plan.left_out,
         refused=sum(len(shard.refused) for shard in done),
         inputs=plan.inputs,
+        parent=plan.parent,
+        version=parent.version + 1 if parent else 1,
     )
+    return manifest.save(workspace.shards_dir, workspace.path)

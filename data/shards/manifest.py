@@ -17,6 +17,7 @@ from crossguard.data.taxonomy import Taxonomy
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
+VERSIONS_FOLDER = "manifests"  # of earlier manifests, by their hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +49,23 @@ class Manifest:
     taxonomy: Taxonomy
     rarity: tuple[str, ...]  # the policies, rarest first in the training split
     strata: tuple[str, ...]  # "<language>/<policy>" or "<language>/benign"; an index row names one by its number
-    shards: tuple[ShardInfo, ...]  # in the order of their paths
+    shards: tuple[ShardInfo, ...]  # those of the parent, then new ones in the order of their paths
     left_out: dict[str, int]  # posts that were not written, by the rule that left them out
     refused: int  # posts that were not written because their media is missing or corrupt
     inputs: str  # hash of the posts and of the settings that decide the bytes
+    parent: str = ""  # sha256 of the manifest that this one appends to
+    version: int = 1  # one more than the parent's
     format: int = FORMAT
     sha256: str = ""  # of the canonical JSON of everything above
 
     @classmethod
-    def load(cls, shards_dir: Path) -> Manifest:
-        """The manifest in a shards' folder.
+    def load(cls, shards_dir: Path, name: str = FILE_NAME) -> Manifest:
+        """The manifest in a shards' folder, or the earlier one that `version_name` names.
 
         Raises:
             UserError: it is missing, damaged, or of a format that this version does not know.
         """
-        path = shards_dir / FILE_NAME
+        path = shards_dir / name
         return cls.read(path.read_bytes, str(path))
 
     @classmethod
@@ -94,16 +97,26 @@ class Manifest:
             left_out=value["left_out"],
             refused=value["refused"],
             inputs=value["inputs"],
+            parent=value["parent"],
+            version=value["version"],
             sha256=sha256,
         )
 
     def save(self, shards_dir: Path, staging: Path | None = None) -> Manifest:
         """Swap the manifest in, atomically (by way of the folder `staging`), and return it with its hash."""
-        value = self._content()
-        sealed = replace(self, sha256=_hash(value))
-        content = canonical_json({**value, "sha256": sealed.sha256}) + b"\n"
-        write_atomic(shards_dir / FILE_NAME, content, staging)
+        sealed = replace(self, sha256=_hash(self._content()))
+        write_atomic(shards_dir / FILE_NAME, sealed.encode(), staging)
         return sealed
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        return canonical_json({**self._content(), "sha256": self.sha256}) + b"\n"
+
+    def keep(self, shards_dir: Path, staging: Path | None = None) -> None:
+        """Keep the manifest that is in place among the earlier ones, for when another takes its place."""
+        path = shards_dir / version_name(self.sha256)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, self.encode(), staging)
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -115,6 +128,8 @@ class Manifest:
             "left_out": self.left_out,
             "refused": self.refused,
             "inputs": self.inputs,
+            "parent": self.parent,
+            "version": self.version,
         }
 
     @property
@@ -148,6 +163,11 @@ class Manifest:
             parts += [f"missing in the shards: {', '.join(sorted(new))}"] if new else []
             what = "; ".join(parts) or f"another order ({', '.join(ours.names)})"
             raise UserError(f"taxonomy '{ours.name}': its policies differ from those of the shards, {what}; {remedy}")
+
+
+def version_name(sha256: str) -> str:
+    """Where an earlier manifest is kept, relative to the shards' folder."""
+    return f"{VERSIONS_FOLDER}/{sha256}.json"
 
 
 def _hash(value: dict[str, Any]) -> str:

@@ -72,6 +72,11 @@ def image_extension(data: bytes) -> str:
     reason = check_image(data) if data else "empty"
     if reason:
         raise RefusedMedia(reason)
+    return image_kind(data)
+
+
+def image_kind(data: bytes) -> str:
+    """jpg, png or webp by the first bytes of an image that is known to be one of them."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpg"
     return "png" if data.startswith(b"\x89PNG") else "webp"

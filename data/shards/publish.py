@@ -55,6 +55,8 @@ def publish(shards_dir: Path, manifest: Manifest, url: str) -> None:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
+        for earlier in sorted((shards_dir / manifests.VERSIONS_FOLDER).glob("*.json")):
+            remote.upload(earlier, f"{manifests.VERSIONS_FOLDER}/{earlier.name}")
         remote.upload(shards_dir / manifests.FILE_NAME, manifests.FILE_NAME)
     except FileNotFoundError as error:
         raise UserError(f"{url}: the bucket or a folder does not exist; make it, or change data.shards") from error

@@ -18,11 +18,12 @@ from crossguard.data.taxonomy import Taxonomy
 
 
 class Errors:
-    """What is wrong with the posts: the first ones in words, the rest as a number."""
+    """What is wrong with the posts: all in words or, where there are too many, each kind of error once."""
 
     def __init__(self, listed: int):
         self._limit = listed
         self._lines: list[str] = []
+        self._kinds: dict[str, tuple[str, int]] = {}  # message -> where it stands first, and how often
         self._count = 0
 
     def add(self, place: str, message: str) -> None:
@@ -30,6 +31,9 @@ class Errors:
         self._count += 1
         if self._count <= self._limit:
             self._lines.append(f"{place}: {message}")
+        if message in self._kinds or len(self._kinds) < self._limit:
+            first, count = self._kinds.get(message, (place, 0))
+            self._kinds[message] = first, count + 1
 
     def add_unlisted(self, count: int) -> None:
         """So many more, in no words."""
@@ -42,10 +46,17 @@ class Errors:
         """
         if not self._count:
             return
-        hidden = self._count - len(self._lines)
-        more = [f"… and {hidden} more (build.max_errors_listed={self._limit})"] if hidden else []
+        lines = self._lines if self._count <= self._limit else self._folded()
         noun = "error" if self._count == 1 else "errors"
-        raise UserError("\n".join([*self._lines, *more, f"{self._count} {noun} in the posts; nothing was built"]))
+        raise UserError("\n".join([*lines, f"{self._count} {noun} in the posts; nothing was built"]))
+
+    def _folded(self) -> list[str]:
+        """A wrong column is wrong in every row: it must not hide what else is wrong."""
+        lines = []
+        for message, (place, count) in self._kinds.items():
+            lines.append(f"{place}: {message}" + (f" (and {count - 1} more like it)" if count > 1 else ""))
+        hidden = self._count - sum(count for _, count in self._kinds.values())
+        return lines + ([f"… and {hidden} more (build.max_errors_listed={self._limit})"] if hidden else [])
 
 
 def scan(source: Source, taxonomy: Taxonomy, splitter: Splitter, spool: SpoolWriter, now: float, listed: int) -> None:

@@ -21,6 +21,7 @@ from crossguard.data.shards.files import pread
 from crossguard.data.shards.index import AUDIO, IMAGE, TEXT, VIDEO
 
 FILE_NAME = "spool.bin"
+POSITIVE_FROM = 0.5  # a fraction of votes counts as violating from here on
 
 
 def row_dtype(num_policies: int) -> np.dtype:
@@ -48,6 +49,7 @@ class SpoolWriter:
     """Appends posts; `rows` are theirs in the order of their arrival."""
 
     def __init__(self, path: Path, policies: tuple[str, ...]):
+        self.path = path
         self._file: BinaryIO = path.open("wb")
         self._offset = 0
         self._policies = policies
@@ -68,28 +70,33 @@ class SpoolWriter:
         row["language"] = self.languages.setdefault(post.language, len(self.languages))
         row["expires_at"] = epoch_seconds(post.expires_at) if post.expires_at else 0
         row["modalities"] = _modalities(post)
-        # A fraction of votes counts as violating from one half.
-        row["positive"] = [post.labels.get(policy, 0.0) >= 0.5 for policy in self._policies]
+        row["positive"] = [post.labels.get(policy, 0.0) >= POSITIVE_FROM for policy in self._policies]
 
     def add_left_out(self, post: Post, rule: int, place: str) -> None:
-        """Remember the id and the place of a post that is left out, and nothing else of it."""
-        self._append(post, b"", b"", b"", place)["left_out"] = 1 + rule
+        """Remember the key, the place and the expiry of a post that is left out, and nothing else of it."""
+        row = self._append(post, b"", b"", b"", place)
+        row["left_out"] = 1 + rule
+        row["expires_at"] = epoch_seconds(post.expires_at) if post.expires_at else 0
 
     @property
     def rows(self) -> np.ndarray:
         """Rows of `row_dtype`, one a post."""
         return self._rows[: self._count]
 
+    def flush(self) -> None:
+        """Let readers see all that was added."""
+        self._file.flush()
+
     def close(self) -> None:
-        """Flush to the disk."""
+        """Write everything to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def place(self, number: int) -> str:
         """Where the post of a row stood in the source."""
-        self._file.flush()
-        with open(self._file.name, "rb") as file:
+        self.flush()
+        with self.path.open("rb") as file:
             return SpoolReader(file).place(self._rows[number])
 
     def _append(self, post: Post, content: bytes, text: bytes, description: bytes, place: str) -> Any:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from crossguard.configs.errors import JobError, UserError
-from crossguard.data.shards.manifest import FILE_NAME
+from crossguard.data.shards import plan as plans
+from crossguard.data.shards.manifest import FILE_NAME, VERSIONS_FOLDER, Manifest, version_name
 from crossguard.data.shards.plan import Plan
 from crossguard.data.shards.writer import BUILD_FOLDER, DONE_FOLDER
 
 _LOCK = "lock"
+# A process that was killed while it started another one leaves that one with the lock until it has died as well.
+_SECONDS_TO_DIE = 5
 
 
 class Workspace:
@@ -54,17 +58,27 @@ class Workspace:
                 with suppress(OSError):
                     folder.rmdir()
         elif error is None:
+            # First the plan: without it, what a kill leaves of the folder is no build to go on with.
+            (self.path / plans.FILE_NAME).unlink(missing_ok=True)
             shutil.rmtree(self.path)
         os.close(self._lock)
 
     def discard(self) -> None:
-        """Remove all that an unfinished build wrote, but not the lock."""
+        """Remove all that an unfinished build wrote, but not the lock and nothing that a manifest lists."""
         plan = Plan.load(self.path)
+        current = Manifest.load(self.shards_dir) if (self.shards_dir / FILE_NAME).exists() else None
+        listed = {shard.path for shard in current.shards} if current else set()
         for shard in plan.shards if plan else ():
-            for path in (shard.path, shard.index_path):
-                (self.shards_dir / path).unlink(missing_ok=True)
+            if shard.path not in listed:
+                for path in (shard.path, shard.index_path):
+                    (self.shards_dir / path).unlink(missing_ok=True)
         if plan:
             self.remove_empty_splits(plan)
+        if current:
+            (self.shards_dir / version_name(current.sha256)).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.shards_dir / VERSIONS_FOLDER).rmdir()
+        (self.path / plans.FILE_NAME).unlink(missing_ok=True)  # before what it speaks of
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -88,6 +102,7 @@ def _lock(folder: Path) -> int:
     Raises:
         JobError: another process holds it.
     """
+    deadline = time.monotonic() + _SECONDS_TO_DIE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -99,6 +114,9 @@ def _lock(folder: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode()
             os.close(descriptor)
+            if not _alive(holder) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise JobError(
                 f"{folder.parent}: process {holder or '?'} is building here; wait for it or end it"
             ) from None
@@ -107,3 +125,13 @@ def _lock(folder: Path) -> int:
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             return descriptor
         os.close(descriptor)  # the lock of a folder that another build has removed meanwhile
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True

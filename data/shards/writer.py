@@ -25,6 +25,7 @@ from crossguard.data.shards.media import (
     RefusedMedia,
     clip_extension,
     image_extension,
+    image_kind,
     read_file,
 )
 from crossguard.data.shards.plan import PlannedShard, load_rows
@@ -85,7 +86,7 @@ def write_shard(task: ShardTask) -> DoneShard:
     rows = np.array(load_rows(build_dir)[task.shard.start : task.shard.stop])
     target = task.shards_dir / task.shard.path
     with (build_dir / FILE_NAME).open("rb") as spool:
-        reader = _SampleReader(SpoolReader(spool), task.roots)
+        reader = SampleReader(SpoolReader(spool), task.roots)
         target.parent.mkdir(exist_ok=True)
         with atomic_file(target, build_dir) as file:
             index, sha256 = _write_tar(file, rows, reader)
@@ -104,7 +105,7 @@ def write_shard(task: ShardTask) -> DoneShard:
     return done
 
 
-def _write_tar(file: BinaryIO, rows: np.ndarray, reader: _SampleReader) -> tuple[np.ndarray, str]:
+def _write_tar(file: BinaryIO, rows: np.ndarray, reader: SampleReader) -> tuple[np.ndarray, str]:
     """Write the samples of `rows` and return their index and the tar's SHA-256."""
     hasher = hashlib.sha256()
     kept, ranges, offset = [], [], 0
@@ -129,11 +130,18 @@ def _write_tar(file: BinaryIO, rows: np.ndarray, reader: _SampleReader) -> tuple
     return index[np.argsort(index["stratum"], kind="stable")], hasher.hexdigest()
 
 
-class _SampleReader:
-    """Makes the tar members of a post; remembers which posts it refused."""
+class SampleReader:
+    """Makes the tar members of a post; remembers which posts it refused.
 
-    def __init__(self, spool: SpoolReader, roots: tuple[str, ...]):
+    Args:
+        spool: the posts.
+        roots: folders that media paths start from.
+        decode: whether images are decoded to find damage; needless to see whether bytes are those of a shard.
+    """
+
+    def __init__(self, spool: SpoolReader, roots: tuple[str, ...], *, decode: bool = True):
         self._spool = spool
+        self._image_extension = image_extension if decode else image_kind
         self._roots = [Path(root) for root in roots]
         self.refused: list[dict[str, str]] = []
 
@@ -163,7 +171,7 @@ class _SampleReader:
         for number, item in enumerate(images):
             with _naming("image" if len(images) == 1 else f"images[{number}]", item):
                 data = self._bytes(root, item)
-                extension = image_extension(data)
+                extension = self._image_extension(data)
                 found.append((extension if len(images) == 1 else f"{number}.{extension}", data))
         for name, known in (("video", VIDEO_EXTENSIONS), ("audio", AUDIO_EXTENSIONS)):
             if name in media:

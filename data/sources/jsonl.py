@@ -38,7 +38,7 @@ class JsonLinesSource:
                 yield Record(f"{path.name}:{number}", raw, error, root)
 
     def fingerprint(self) -> str:
-        """Content of the lines, and path and size of the media that they name."""
+        """Content of the lines, and a stamp of each media file that they name."""
         fingerprint = Fingerprint()
         for path in self.files:
             for _, line in _lines(path):

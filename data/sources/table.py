@@ -42,7 +42,7 @@ class TableSource:
                 yield Record(f"{path.name}:{number}", raw, error, root)
 
     def fingerprint(self) -> str:
-        """Hash of the mapped rows, and path and size of the media that they name."""
+        """Hash of the mapped rows, and a stamp of each media file that they name."""
         return fingerprint_records(self.records())
 
     def _csv(self, path: Path) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:

@@ -1,16 +1,20 @@
 """Posts in existing WebDataset tars: our own shards, or those of another tool (webdataset, img2dataset).
 
 A sample is a run of members with the same key. Its fields are those of KEY.json, and every other member under its
-extension; of these, text (txt) and media are taken by default. `data.columns` names the fields of a foreign sample,
-e.g. {labels.hate: cls, meta.url: url}. A post without `id` is called by its key. Pickled members are never opened.
+extension: text (txt) and media are taken by default, `caption.txt` is a text of its own and `meta.json` an object.
+`data.columns` names the fields of a foreign sample, e.g. {labels.hate: cls, text: caption.txt}; a dotted name leads
+into objects, e.g. {labels.spam: annotations.spam, meta.url: meta.json.url}. A post without `id` is called by its key.
+Pickled members are never opened. What lies beside the tars (img2dataset's parquet and statistics) is not read.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import mmap
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from crossguard.configs.errors import UserError
@@ -18,14 +22,18 @@ from crossguard.configs.schema.data import DataConfig
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.records import FIELDS
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from crossguard.data.shards.members import walk
 from crossguard.data.sources.base import Record, check_settings, fingerprint_records, needed_path
 from crossguard.data.sources.columns import Columns
 from crossguard.data.taxonomy import Taxonomy
 
+_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_GZIP = b"\x1f\x8b"
 # webdataset's own rule: the key ends at the first dot of the file's name.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 # One image of a sample (jpg) or one of several (0.jpg); others, such as mask.png, are fields of their own.
 _IMAGE = re.compile(rf"(\d+\.)?({'|'.join(sorted(IMAGE_EXTENSIONS))})")
+_ABSENT = object()
 _PICKLED = frozenset(("pyd", "pickle", "pkl", "pth", "pt"))
 
 
@@ -40,7 +48,7 @@ class WebDatasetSource:
         check_settings(config, keys=("columns",))
         path = needed_path(config)
         self.root = path if path.is_dir() else path.parent
-        self.files = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+        self.files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.name.endswith(_SUFFIXES))
         if not self.files:
             raise UserError(f"data.path={config.path}: the folder holds no .tar file")
         self.columns = Columns(config.columns, taxonomy)
@@ -50,27 +58,28 @@ class WebDatasetSource:
         """Every sample; its place is `<tar>:<key>`.
 
         Raises:
-            UserError: at the end, when `data.columns` named a field that no sample has.
+            UserError: `data.columns` names what no sample has.
         """
-        self.seen: set[str] = set()
+        seen: set[str] = set()
         for path in self.files:
             name = path.relative_to(self.root).as_posix()
             try:
-                with tarfile.open(path, mode="r|*") as tar:
-                    for key, sample in _samples(tar):
-                        yield self._record(f"{name}:{key}", key, sample)
-            except (tarfile.TarError, OSError, EOFError) as error:
-                yield Record(name, None, f"tar: cannot be read to its end ({type(error).__name__})")
+                for key, sample in _samples(_open(path)):
+                    yield self._record(f"{name}:{key}", key, sample, seen)
+            except (ValueError, OSError, EOFError) as error:
+                what = str(error) if type(error) is ValueError else type(error).__name__
+                yield Record(name, None, f"tar: cannot be read to its end ({what})")
         for field, column in self.mapped.items():
-            if self.seen and column not in self.seen:
-                hint = did_you_mean(column, self.seen)
-                raise UserError(f"data.columns.{field}={column}: no sample has such a field; {hint}")
+            if seen and column not in seen:
+                hint = did_you_mean(column, seen)
+                raise UserError(f"data.columns.{field}={column}: no sample has it; {hint}")
 
     def fingerprint(self) -> str:
         """Hash of the samples, whatever tars they lie in."""
         return fingerprint_records(self.records())
 
-    def _record(self, place: str, key: str, sample: dict[str, bytes]) -> Record:
+    def _record(self, place: str, key: str, sample: dict[str, bytes], seen: set[str]) -> Record:
+        """The record of a sample; adds the names that it has to `seen`."""
         pickled = sorted(_PICKLED.intersection(map(_last, sample)))
         if pickled:
             return Record(place, None, f"{pickled[0]}: may hold pickled objects, which are never opened; remove it")
@@ -78,30 +87,49 @@ class WebDatasetSource:
             fields = _fields(sample)
         except ValueError as error:
             return Record(place, None, str(error))
-        self.seen |= fields.keys()
+        seen.update(fields)
         if self.mapped:
-            names = {field for field in fields if field in FIELDS} | set(self.mapped.values())
-            fields = self.columns.read(fields, self.columns.targets(sorted(names), place))
+            names = {*fields.keys() & FIELDS, *self.mapped.values()}
+            row = {name: value for name in names if (value := _value(fields, name)) is not _ABSENT}
+            seen.update(row)
+            fields = self.columns.read(row, self.columns.targets(names, place))
+        elif unread := sorted(fields.keys() - FIELDS):
+            what = f"{unread[0]}: no field of a post; say in data.columns what to read, as field: name"
+            return Record(place, None, what)
         fields.setdefault("id", key)
         return Record(place, fields)
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Runs of members with the same key, as extension -> content; empty where the content is never opened."""
+def _open(path: Path) -> bytes | memoryview:
+    """The bytes of a tar, mapped into memory; those of a compressed one in it."""
+    with path.open("rb") as file:
+        magic = file.read(2)
+        if not magic:
+            raise ValueError("empty")
+        if magic == _GZIP:
+            return gzip.decompress(path.read_bytes())
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _samples(tar: bytes | memoryview) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Runs of members with the same key, as extension -> content; empty where the content is never opened.
+
+    Raises:
+        ValueError: the tar is damaged.
+    """
     current: str | None = None
     sample: dict[str, bytes] = {}
-    for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # the library would keep every header of a large tar
-        match = _MEMBER.fullmatch(member.name)
-        if not member.isreg() or match is None:
+    for member in walk(tar):
+        match = _MEMBER.fullmatch(member.name.decode())
+        if match is None:
             continue
         key, suffix = match[1], match[2].lower()
         if key != current:
             if current is not None:
                 yield current, sample
             current, sample = key, {}
-        file = None if _last(suffix) in _PICKLED else tar.extractfile(member)
-        sample[suffix] = file.read() if file else b""
+        opened = _last(suffix) not in _PICKLED
+        sample[suffix] = bytes(tar[member.start : member.start + member.size]) if opened else b""
     if current is not None:
         yield current, sample
 
@@ -119,17 +147,20 @@ def _fields(sample: dict[str, bytes]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     images: list[bytes] = []
     for suffix, content in sample.items():
+        last = _last(suffix)
         if suffix == "json":
-            fields.update(_json(content))
-        elif suffix in ("txt", "text"):
-            fields["text"] = _text(suffix, content)
+            fields.update(_object(content))
         elif suffix in VIDEO_EXTENSIONS:
             fields["video"] = content
         elif suffix in AUDIO_EXTENSIONS:
             fields["audio"] = content
         elif _IMAGE.fullmatch(suffix):
             images.append(content)
-        elif suffix in ("cls", "index"):
+        elif last in ("txt", "text"):
+            fields["text" if suffix == last else suffix] = _text(suffix, content)
+        elif last == "json":
+            fields[suffix] = _json(suffix, content)
+        elif last in ("cls", "index"):
             fields[suffix] = _number(suffix, content)
         else:
             fields[suffix] = content
@@ -138,14 +169,29 @@ def _fields(sample: dict[str, bytes]) -> dict[str, Any]:
     return fields
 
 
-def _json(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ValueError("json: not valid JSON") from None
+def _value(fields: Mapping[str, Any], name: str) -> Any:
+    """The field of a name, or what a dotted name leads to; `_ABSENT` where there is nothing."""
+    if name in fields:
+        return fields[name]
+    # Names may hold dots themselves: meta.json.url is the url of meta.json.
+    for end in range(len(name) - 1, 0, -1):
+        if name[end] == "." and isinstance(fields.get(name[:end]), Mapping):
+            return _value(fields[name[:end]], name[end + 1 :])
+    return _ABSENT
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    value = _json("json", content)
     if not isinstance(value, dict):
         raise ValueError("json: must be a JSON object")
     return value
+
+
+def _json(suffix: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{suffix}: not valid JSON") from None
 
 
 def _text(suffix: str, content: bytes) -> str:
