@@ -251,14 +251,16 @@ def test_a_nightly_job_builds_only_what_is_new(posts: Path, tmp_path: Path, monk
     write_lines(posts, some(0, 30))
     assert run_stage(BUILD, job)
     assert not run_stage(BUILD, job)
-    before = stamps(job.shards_dir)
+    before = stamps(Path(job.config.shards_location))
     write_lines(posts, some(0, 40))
     assert run_stage(BUILD, job)
-    assert Manifest.load(job.shards_dir).version == 2
-    assert before.items() - stamps(job.shards_dir).items() == {("manifest.json", before["manifest.json"])}
+    assert Manifest.load(Path(job.config.shards_location)).version == 2
+    assert before.items() - stamps(Path(job.config.shards_location)).items() == {
+        ("manifest.json", before["manifest.json"])
+    }
     assert not run_stage(BUILD, job)
     # Nothing new for the shards: the stage looks, and the next time knows.
     write_lines(posts, [*some(0, 40), {"id": "no", "text": "t", "labels": {}, "consent": False}])
     assert run_stage(BUILD, job)
-    assert Manifest.load(job.shards_dir).version == 2
+    assert Manifest.load(Path(job.config.shards_location)).version == 2
     assert not run_stage(BUILD, job)

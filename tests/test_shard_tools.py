@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from build_job import build, make_config, make_posts, picture, write_lines
 
@@ -159,7 +160,7 @@ def test_an_index_must_agree_with_its_tar_whatever_the_hashes_say(shards: Path, 
 
 def test_a_missing_row_and_a_wrong_count(shards: Path) -> None:
     shard = Manifest.load(shards).shards[2]
-    rows = read_index(shards / shard.index_path)
+    rows = np.array(read_index(shards / shard.index_path))  # not the mapped file, which is about to change
     rewrite(shards, 2, rows[1:])
     (damage,) = verify(shards, 1).damages
     assert (damage.file, damage.key) == (shard.index_path, "")

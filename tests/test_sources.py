@@ -281,7 +281,7 @@ def test_a_mapped_field_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
         "hate": 1.0
     }
     misspelled = source("webdataset", tmp_path, columns={"text": "txt", "labels.hate": "toxicty"})
-    message = r"data.columns.labels.hate=toxicty: no sample has such a field; did you mean 'toxicity'\?"
+    message = r"data.columns.labels.hate=toxicty: no sample has it; did you mean 'toxicity'\?"
     with pytest.raises(UserError, match=message):
         misspelled.fingerprint()
 

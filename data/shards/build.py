@@ -43,11 +43,8 @@ def build_shards(
 
     The same posts and settings give the same bytes, for any number of processes and any order of the files. The
     manifest appears last: a folder with a manifest is complete. Without `data.path`, shards that were built before are
-    taken as they are.
-
-    With `build.append` and shards of other posts in the folder, the posts that are new go into new shards, and a new
-    manifest that names the old one as its parent replaces it. The old one stays in `manifests/`, and so do its shards.
-    Where no post is new to the shards, the manifest stays.
+    taken as they are. With `build.append`, posts that the shards lack go into new ones, under a manifest that names
+    the one before as its parent.
 
     Args:
         config: the recipe.
