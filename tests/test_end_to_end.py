@@ -97,7 +97,7 @@ def test_a_copied_run_directory_is_still_done(workspace: Path, tmp_path: Path) -
         (["train", *RUN, "seed=9"], "seed: was 0, is now 9"),
         (["train", *RUN, "run_dir=runs/other"], "no shards here; run `crossguard build`"),
         (["train", *RUN, "train.batch_size=33", "train.restart=true"], "2 ranks do not divide it"),
-        (["train", *RUN, "evaluation.splits=[tset]"], "evaluation.splits: no split 'tset'"),
+        (["evaluate", *RUN, "evaluation.splits=[tset]"], "evaluation.splits: no split 'tset'"),
         (["evaluate", *RUN, "run_dir=runs/other", "data.shards=runs/my_posts/shards"], "no checkpoint to evaluate"),
         (["build", *RUN, "build.samples_per_shard=7"], "holds shards of other posts or settings"),
         (["build", *RUN, "data.path=nowhere", "run_dir=runs/other"], "data.path=nowhere"),

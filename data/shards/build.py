@@ -32,12 +32,7 @@ _BUILD_STAGE = b'"stage":"build"'  # as canonical JSON writes it
 
 
 def build_shards(
-    config: Config,
-    shards_dir: Path,
-    quarantine_path: Path,
-    *,
-    now: float | None = None,
-    source: Source | None = None,
+    config: Config, shards_dir: Path, quarantine_path: Path, *, now: float | None = None, source: Source | None = None
 ) -> Manifest:
     """Build the shards of a recipe, or return those that are already there.
 
