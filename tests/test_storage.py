@@ -374,6 +374,19 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         NodeCache.open(CacheConfig(dir=str(tmp_path / "file/cache")))
 
 
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert NodeCache.open(CacheConfig()).folder == tmp_path / ".cache/crossguard/shards"
+    assert NodeCache.open(CacheConfig(dir="~/mine")).folder == tmp_path / "mine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert NodeCache.open(CacheConfig()).folder == tmp_path / "xdg/crossguard/shards"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container that runs as a number
+    with pytest.raises(UserError, match="data.cache.dir: this user has no home folder"):
+        NodeCache.open(CacheConfig())
+
+
 def test_a_saved_configuration_keeps_urls() -> None:
     config = make_config(None, data={"shards": URL, "cache": CacheConfig(dir="/somewhere/cache")})
     data = as_plain(config)["data"]
