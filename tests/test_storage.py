@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,16 @@ def test_other_shards_are_never_overwritten(server: Server, built: Path, tmp_pat
     assert not server.count("PUT")
     with pytest.raises(UserError, match="s3://no-such-bucket/x: the bucket or a folder does not exist"):
         publish(built, Manifest.load(built), "s3://no-such-bucket/x")
+
+
+def test_shards_that_were_appended_are_published_alone(server: Server, built: Path, tmp_path: Path) -> None:
+    whole = Manifest.load(built)
+    before = shutil.copytree(built, tmp_path / "before")
+    publish(before, replace(whole, shards=whole.shards[:-1]).save(before), URL)
+    server.requests.clear()
+    publish(built, whole, URL)
+    last = whole.shards[-1]
+    assert server.count("PUT").keys() == {last.path, last.index_path, "manifest.json"}
 
 
 def test_the_cache_stays_within_its_limit(server: Server, built: Path, tmp_path: Path) -> None:
@@ -372,6 +384,19 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache.dir: .*file/cache cannot be written \(Not a directory\)"):
         NodeCache.open(CacheConfig(dir=str(tmp_path / "file/cache")))
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert NodeCache.open(CacheConfig()).folder == tmp_path / ".cache/crossguard/shards"
+    assert NodeCache.open(CacheConfig(dir="~/mine")).folder == tmp_path / "mine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert NodeCache.open(CacheConfig()).folder == tmp_path / "xdg/crossguard/shards"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container that runs as a number
+    with pytest.raises(UserError, match="data.cache.dir: this user has no home folder"):
+        NodeCache.open(CacheConfig())
 
 
 def test_a_saved_configuration_keeps_urls() -> None:

@@ -57,6 +57,8 @@ class NodeCache:
             UserError: the folder cannot be written, or holds something that no cache put there.
         """
         cache = cls(cache_folder(config), int(config.max_gb * GB))
+        if "~" in cache.folder.parts:
+            raise UserError("data.cache.dir: this user has no home folder for it; name one that can be written")
         try:
             cache._prepare()
             cache._in_flight()
@@ -180,10 +182,8 @@ class NodeCache:
 
 def cache_folder(config: CacheConfig) -> Path:
     """Where the configuration wants the cache to be."""
-    if config.dir:
-        return Path(config.dir).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(base).expanduser() / "crossguard" / "shards").resolve()
+    return Path(os.path.expanduser(config.dir or f"{base}/crossguard/shards")).resolve()
 
 
 def check_apart(config: CacheConfig, shards_dir: Path) -> None:
