@@ -19,7 +19,6 @@ from crossguard.configs.schema import Config
 from crossguard.data.shards.manifest import FILE_NAME
 
 FOREVER = 1e9
-SECONDS = 1.0  # about as long as a build takes
 
 
 def build_and_kill(config: Config, run_dir: Path, seconds: float = FOREVER) -> bool:
@@ -67,14 +66,16 @@ def survive(folder: Path, kills: int, appending: bool) -> None:
 
     write_lines(posts, make_posts(46))
     begin(folder / "whole")
+    started = time.monotonic()
     build_and_kill(config, folder / "whole")
+    seconds = time.monotonic() - started
     whole = files_of(folder / "whole/shards")
     draw, builds = random.Random(0), 0
     while kills > 0:
         run_dir, builds = folder / f"run-{builds}", builds + 1
         shards, old = run_dir / "shards", begin(run_dir)
         kept: dict[str, tuple[int, int]] = {}
-        while not build_and_kill(config, run_dir, draw.uniform(0, SECONDS)):
+        while not build_and_kill(config, run_dir, draw.uniform(0, seconds)):
             kills -= 1
             found = files_of(shards) if shards.exists() else {}
             final = {path for path in found if not path.startswith(".build/")}
