@@ -78,7 +78,7 @@ class Batch:
     text_mask: Tensor
     # bool[B]
     has_text: Tensor
-    # uint8[N, 3, S, S], N ≥ 1; one black image when no post has any.
+    # uint8[N, 3, S, S], N ≥ 1; one black image when no post has any. Channels lie last in memory.
     pixels: Tensor
     # int64[N]: the post (0 … B-1) each image belongs to; -1 for the black one.
     image_post: Tensor
@@ -106,15 +106,14 @@ class Batch:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Between processes only the pixels go through shared memory: a shared tensor costs a file descriptor
-        for as long as it lives, and eight a batch would exhaust them when many micro-batches make a step."""
-        values = self._values()
-        small = [name for name, value in values.items() if isinstance(value, Tensor) and name != "pixels"]
-        return values | {name: values[name].numpy() for name in small}
+        """Arrays instead of tensors, which torch would send one by one through shared memory of their own."""
+        values = self._values() | {"pixels": self.pixels.permute(0, 2, 3, 1)}
+        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+        self.pixels = self.pixels.permute(0, 3, 1, 2)
 
 
 def collate(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num_policies: int) -> Batch:
@@ -159,8 +158,9 @@ def _pad_texts(samples: Sequence[EncodedSample], pad_id: int) -> tuple[Tensor, T
 
 def _stack_images(samples: Sequence[EncodedSample], image_size: int) -> tuple[Tensor, Tensor]:
     images = [(row, image) for row, sample in enumerate(samples) for image in sample.images]
-    pixels = np.zeros((max(1, len(images)), 3, image_size, image_size), dtype=np.uint8)
+    if not images:
+        return torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8), torch.tensor([NO_POST])
+    pixels = np.empty((len(images), image_size, image_size, 3), dtype=np.uint8)
     for place, (_, image) in enumerate(images):
-        pixels[place] = image
-    posts = [row for row, _ in images] or [NO_POST]
-    return torch.from_numpy(pixels), torch.tensor(posts, dtype=torch.int64)
+        pixels[place] = image.transpose(1, 2, 0)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([row for row, _ in images])

@@ -15,7 +15,9 @@ from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from crossguard.data.loading.transport import Places
 
 # How long a worker may outlive a trainer that was killed.
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -45,8 +47,12 @@ def results(
         ahead: tasks that are prepared for each worker beforehand.
         preload: a module that the workers need, e.g. the tokenizer's; imported once for all of them.
     """
+    # A worker is handed its next task when one of its results is taken, and a result is copied before the one after it
+    # is asked for: with one place more than tasks, none is written that is still to be read.
+    places = Places(num_workers * (ahead + 1)) if num_workers else None
+    pinned = torch.cuda.is_available()
     loader: DataLoader[Any] = DataLoader(
-        _Tasks(work),
+        _Tasks(work, places, ahead + 1),
         batch_size=None,
         sampler=tasks,
         collate_fn=_as_it_is,
@@ -54,14 +60,15 @@ def results(
         prefetch_factor=ahead if num_workers else None,
         multiprocessing_context=_context(preload) if num_workers else None,
         worker_init_fn=partial(_start_worker, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned and not num_workers,
         # The workers' seeds would otherwise be drawn from torch's global generator, and a resumed run, which starts
         # its workers at another step, would drop out other units than the run that was never interrupted.
         generator=torch.Generator(),
     )
     with _signals_blocked():
         delivered = iter(loader)
-    yield from delivered
+    for result in delivered:
+        yield places.take(result, pinned) if places else result
 
 
 def tasks_ahead(tasks: int, num_workers: int) -> int:
@@ -70,11 +77,22 @@ def tasks_ahead(tasks: int, num_workers: int) -> int:
 
 
 class _Tasks(Dataset[Any]):
-    def __init__(self, work: Work):
+    """Task -> result, which a worker puts into its next place."""
+
+    def __init__(self, work: Work, places: Places | None, places_of_a_worker: int):
         self.work = work
+        self.places = places
+        self.places_of_a_worker = places_of_a_worker
+        self.done = 0
 
     def __getitem__(self, task: Any) -> Any:
-        return self.work[task]
+        result = self.work[task]
+        worker = get_worker_info()
+        if worker is None or self.places is None:
+            return result
+        place = worker.id * self.places_of_a_worker + self.done % self.places_of_a_worker
+        self.done += 1
+        return self.places.put(place, result)
 
 
 def _as_it_is(result: Any) -> Any:
