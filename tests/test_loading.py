@@ -25,7 +25,8 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig
 from crossguard.configs.schema.model import ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
-from crossguard.data.loading.collate import NO_POST, Batch, EncodedSample, collate
+from crossguard.data.loading.collate import Batch, collate
+from crossguard.data.loading.encoded import NO_POST, EncodedSample
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.loader import EvalLoader, TrainLoader
 from crossguard.data.loading.order import SampleOrder

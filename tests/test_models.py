@@ -26,7 +26,8 @@ from tiny_models import (
 from torch import Tensor
 
 from crossguard.configs.schema.model import ModelConfig, TextEncoderConfig
-from crossguard.data.loading.collate import NO_POST, Batch
+from crossguard.data.loading.collate import Batch
+from crossguard.data.loading.encoded import NO_POST
 from crossguard.train.models import Classifier, build_model
 from crossguard.train.models.modality_dropout import drop_modalities
 from crossguard.train.models.text import summarise

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from crossguard.configs.schema.model import FusionConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
-from crossguard.data.loading.collate import Batch, EncodedSample, collate
+from crossguard.data.loading.collate import Batch, collate
+from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.taxonomy import Policy, Taxonomy
 from crossguard.train.models import Classifier, build_model
 from crossguard.train.tokenizers import load_tokenizer

@@ -8,8 +8,8 @@ import json
 import numpy as np
 
 from crossguard.configs.schema.model import ModelConfig
-from crossguard.data.loading.collate import EncodedSample
 from crossguard.data.loading.decode import decode_image
+from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.sample import RawSample
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.tokenizers import Tokenizer, load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from crossguard.configs.progress import progress
-from crossguard.data.loading.collate import Encode
+from crossguard.data.loading.encoded import Encode
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.loading.workers import results
 from crossguard.data.shards.files import write_atomic
@@ -80,6 +80,10 @@ class _TextLengths:
     def __getitem__(self, start: int) -> np.ndarray:
         rows = range(start, min(start + ROWS_PER_TASK, len(self.reader)))
         return np.array([self._length(row) for row in rows], dtype=np.uint32)
+
+    def received(self, lengths: np.ndarray) -> np.ndarray:
+        """The lengths, copied."""
+        return lengths.copy()
 
     def _length(self, row: int) -> int:
         try:

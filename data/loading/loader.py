@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crossguard.configs.errors import CrossguardError, JobError
 from crossguard.data.curation.governance import refused_at_read
-from crossguard.data.loading.collate import Batch, Encode, EncodedSample, collate
 from crossguard.data.loading.decode import MediaError
+from crossguard.data.loading.encoded import Encode, EncodedSample, stack
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.loading.redirects import Redirects
 from crossguard.data.loading.workers import results, tasks_ahead
+
+if TYPE_CHECKING:
+    from crossguard.data.loading.collate import Batch
 
 # So many unreadable samples in a row are no accident.
 MAX_REDIRECTS = 1000
@@ -41,16 +44,22 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """What a worker makes of a task. Errors travel as values, since torch would wrap raised ones in a traceback."""
+class Made:
+    """What a worker makes of a task. Errors travel as values, to be raised where the training can report them."""
 
-    batch: Batch | None
+    # Of `stack`; None when none of the samples could be used.
+    arrays: dict[str, Any] | None
     refused: list[dict[str, Any]] = field(default_factory=list)
     error: CrossguardError | None = None
 
-    def pin_memory(self) -> Delivery:
-        """Called by torch's DataLoader where there is a GPU."""
-        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+@dataclass(frozen=True)
+class Delivery:
+    """The same in the training process."""
+
+    batch: Batch | None
+    refused: list[dict[str, Any]]
+    error: CrossguardError | None
 
     def accept(self, on_refused: OnRefused) -> Batch | None:
         """The batch, after its refused samples were reported; None when none of its samples could be used."""
@@ -62,7 +71,7 @@ class Delivery:
 
 
 class BatchMaker:
-    """Task -> Delivery: reads, decodes, encodes and collates. Sent to the workers.
+    """Task -> Made: reads, decodes, encodes and stacks. Sent to the workers.
 
     With `redirects`, a sample that cannot be used is replaced as if it had been refused before; without, it is left
     out.
@@ -73,19 +82,25 @@ class BatchMaker:
         self.encode = encode
         self.redirects = redirects
 
-    def __getitem__(self, task: Task) -> Delivery:
+    def __getitem__(self, task: Task) -> Made:
         refused: list[dict[str, Any]] = []
         positions = np.full(len(task.rows), -1) if task.positions is None else task.positions
         try:
             found = [self._sample(int(row), int(p), task, refused) for row, p in zip(task.rows, positions, strict=True)]
         except CrossguardError as error:
-            return Delivery(None, refused, error)
+            return Made(None, refused, error)
         samples = [sample for sample in found if sample is not None]
         if not samples:
-            return Delivery(None, refused)
+            return Made(None, refused)
         encode = self.encode
-        batch = collate(samples, pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)
-        return Delivery(batch, refused)
+        arrays = stack(samples, pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)
+        return Made(arrays, refused)
+
+    def received(self, made: Made) -> Delivery:
+        """The batch, in memory of its own."""
+        from crossguard.data.loading.collate import Batch  # torch, which workers never import
+
+        return Delivery(None if made.arrays is None else Batch.of(made.arrays), made.refused, made.error)
 
     def _sample(self, row: int, position: int, task: Task, refused: list[dict[str, Any]]) -> EncodedSample | None:
         place = {} if task.step is None else {"step": task.step, "position": position}
@@ -186,8 +201,8 @@ class TrainLoader:
         preload = type(self.maker.encode).__module__
         with closing(results(self.maker, self._tasks(), self.num_workers, ahead=ahead, preload=preload)) as deliveries:
             for _ in self.steps:
-                batches = [delivery.accept(self.on_refused) for delivery in islice(deliveries, self.accumulation)]
-                yield [batch for batch in batches if batch is not None]
+                accepted = (delivery.accept(self.on_refused) for delivery in islice(deliveries, self.accumulation))
+                yield [batch for batch in accepted if batch is not None]
 
     def _tasks(self) -> Iterator[Task]:
         share = self.micro_batch_size * self.accumulation

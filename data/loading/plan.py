@@ -9,7 +9,7 @@ import numpy as np
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.mixing import OWN
-from crossguard.data.loading.collate import Encode
+from crossguard.data.loading.encoded import Encode
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.reader import ShardReader

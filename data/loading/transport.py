@@ -1,9 +1,7 @@
-"""How results travel from the processes that make them to the one that trains: pickled, their arrays through memory
-that both see.
+"""How results travel from the processes that make them to the one that trains: through memory that both have mapped.
 
-Torch would share each tensor by itself, in new memory every time, whose first touch takes longer than copying into
-memory that is in use, and with a file descriptor for as long as the tensor lives. Here a worker writes its arrays into
-the next of a few places, which are mapped once, and they are copied out when they are received.
+New shared memory for every batch would cost more than copying into memory that is in use already, since its pages come
+one by one. So each process has a few places that it fills in turn.
 """
 
 from __future__ import annotations
@@ -11,73 +9,77 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
 
+from crossguard.configs.errors import JobError
+
 # Address space of a place, beyond any batch; only what is written takes up memory.
-PLACE_BYTES = 1 << 28
+PLACE_BYTES = 1 << 30
 # Arrays start at multiples of a cache line.
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """A result on its way."""
-
-    place: int
-    pickled: bytes
-    # First byte and size of each array in the place.
-    arrays: list[tuple[int, int]]
-
-
 class Places:
-    """Memory that a process and those that it starts with this object share; it has no name, so that nothing is left
-    behind however they end, and /dev/shm, which containers keep small, does not limit it.
+    """Memory that a process and those that are started with this object share. It has no name, so that nothing is left
+    behind however they end, and the size of /dev/shm, which containers keep small, does not limit it.
 
     Args:
         count: of places, each of which holds one result.
     """
 
     def __init__(self, count: int):
-        self._descriptor = os.memfd_create("crossguard-places")
-        os.ftruncate(self._descriptor, count * PLACE_BYTES)
-        self._map()
+        descriptor = os.memfd_create("crossguard-batches")
+        os.ftruncate(descriptor, count * PLACE_BYTES)
+        self._map(descriptor)
 
-    def _map(self) -> None:
-        self._memory = np.frombuffer(mmap.mmap(self._descriptor, 0), dtype=np.uint8)
+    def _map(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._memory = np.frombuffer(mmap.mmap(descriptor, 0), dtype=np.uint8)
 
     def __getstate__(self) -> Any:
         return reduction.DupFd(self._descriptor)
 
     def __setstate__(self, state: Any) -> None:
-        self._descriptor = state.detach()
-        self._map()
+        self._map(state.detach())
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
-    def put(self, place: int, result: Any) -> Parcel:
-        """Write a result's arrays into a place, over what it held."""
-        buffers: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-        start, arrays = place * PLACE_BYTES, []
-        for buffer in buffers:
-            array = np.frombuffer(buffer.raw(), dtype=np.uint8)
-            if start + len(array) > (place + 1) * PLACE_BYTES:
-                return Parcel(place, pickle.dumps(result), [])
-            self._memory[start : start + len(array)] = array
-            arrays.append((start, len(array)))
-            start += -(-len(array) // ALIGNMENT) * ALIGNMENT
-        return Parcel(place, pickled, arrays)
+    def put(self, place: int, result: Any) -> list[int]:
+        """Write a result into a place, over what it held: pickled, then the bytes of its arrays.
 
-    def take(self, parcel: Parcel, pinned: bool = False) -> Any:
-        """The result. Its arrays are copied once, `pinned` into page-locked memory if it can do that."""
-        views = [self._memory[start : start + size] for start, size in parcel.arrays]
-        if pinned:
-            result = pickle.loads(parcel.pickled, buffers=views)
-            if hasattr(result, "pin_memory"):
-                return result.pin_memory()
-        return pickle.loads(parcel.pickled, buffers=[view.copy() for view in views])
+        Returns:
+            The sizes of these parts, for `get`.
+
+        Raises:
+            JobError: it is too large.
+        """
+        arrays: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(result, protocol=5, buffer_callback=arrays.append)
+        contents: list[bytes | memoryview] = [pickled, *(array.raw() for array in arrays)]
+        parts = [np.frombuffer(content, dtype=np.uint8) for content in contents]
+        sizes = [len(part) for part in parts]
+        if sum(map(_aligned, sizes)) > PLACE_BYTES:
+            raise JobError(f"a batch of {sum(sizes)} bytes, the most is {PLACE_BYTES}; lower train.micro_batch_size")
+        for part, target in zip(parts, self._parts(place, sizes), strict=True):
+            target[:] = part
+        return sizes
+
+    def get(self, place: int, sizes: list[int]) -> Any:
+        """The result in a place; its arrays are the place's own memory, which the next one there overwrites."""
+        pickled, *arrays = self._parts(place, sizes)
+        return pickle.loads(pickled.data, buffers=arrays)
+
+    def _parts(self, place: int, sizes: list[int]) -> list[np.ndarray]:
+        parts, start = [], place * PLACE_BYTES
+        for size in sizes:
+            parts.append(self._memory[start : start + size])
+            start += _aligned(size)
+        return parts
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -17,7 +17,8 @@ from torch import nn
 
 from crossguard.configs.errors import JobError
 from crossguard.configs.progress import progress
-from crossguard.data.loading.collate import Batch, EncodedSample, collate
+from crossguard.data.loading.collate import Batch, collate
+from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.loader import EvalLoader
 from crossguard.data.loading.reader import ShardReader
 from crossguard.train.encode import PostEncoder

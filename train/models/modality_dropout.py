@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crossguard.data.loading.collate import NO_POST, Batch
+from crossguard.data.loading.collate import Batch
+from crossguard.data.loading.encoded import NO_POST
 
 # Constants of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), signed.
 GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
