@@ -67,6 +67,8 @@ def _arguments(tool: str, argv: list[str]) -> tuple[Path, bool]:
     places = [argument for argument in argv if argument != "--json"]
     if len(places) != 1 or places[0].startswith("-"):
         raise UserError(f"shards {tool}: say crossguard shards {tool} SHARDS [--json], SHARDS being a folder")
+    if "://" in places[0]:
+        raise UserError(f"{places[0]}: shards {tool} reads a folder; copy the shards to one")
     return Path(places[0]), "--json" in argv
 
 

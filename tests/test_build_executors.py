@@ -62,7 +62,9 @@ def test_errors_of_a_task_arrive_as_they_are(executor: Executor) -> None:
 
 
 def test_a_process_that_dies_is_one_clear_error(executor: Executor) -> None:
-    with pytest.raises(JobError, match=r"a writing process was killed \(out of memory\?\); start again, it goes on"):
+    with pytest.raises(
+        JobError, match=r"a worker process was killed \(out of memory\?\); start again, a build goes on"
+    ):
         list(executor.run(die, [1, 2, 3]))
 
 

@@ -17,7 +17,9 @@ from build_job import build, make_config, picture
 from pyarrow import parquet
 
 from crossguard.configs.errors import UserError
-from crossguard.data.loading.reader import RawSample, ShardReader
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.loading.sample import RawSample
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.shards.verify import verify
 
@@ -28,7 +30,7 @@ def samples_of(run_dir: Path, manifest: Manifest) -> dict[str, RawSample]:
     """Every sample as training reads it, by id."""
     found = {}
     for split in manifest.splits:
-        reader = ShardReader(run_dir / "shards", manifest, split)
+        reader = ShardReader([ShardFolder(str(run_dir / "shards"), manifest)], split)
         found |= {sample.id: sample for sample in map(reader.read, range(len(reader)))}
     assert verify(run_dir / "shards", 1).damages == ()
     return found

@@ -217,10 +217,23 @@ def test_stats_count_everything(shards: Path, capsys: pytest.CaptureFixture[str]
         assert word in table
 
 
+def test_stats_of_damaged_shards_are_an_error(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (Manifest.load(shards).shards[0].index_path, Manifest.load(shards).shards[1].path):
+        data = (shards / path).read_bytes()
+        (shards / path).write_bytes(data[:20])
+        assert run("stats", str(shards)) == 2
+        assert "crossguard" in capsys.readouterr().err
+        (shards / path).unlink()
+        assert run("stats", str(shards)) == 2
+        assert "cannot be counted (FileNotFoundError)" in capsys.readouterr().err
+        (shards / path).write_bytes(data)
+
+
 def test_wrong_arguments_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in (
         ((), "name a tool"),
         (("verfy", "x"), "did you mean 'verify'"),
+        (("verify", "s3://bucket/shards"), "reads a folder"),
         (("verify",), "SHARDS being a folder"),
         (("stats", "a", "b"), "SHARDS being a folder"),
         (("verify", str(tmp_path)), "manifest.json: not found"),

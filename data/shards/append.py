@@ -101,7 +101,10 @@ class _Held:
     def __init__(self, shards_dir: Path, manifest: Manifest):
         self.shards_dir = shards_dir
         self.shards = manifest.shards
-        indexes = [read_index(shards_dir / shard.index_path) for shard in manifest.shards]
+        try:
+            indexes = [read_index(shards_dir / shard.index_path, shard.index_sha256) for shard in manifest.shards]
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: missing; restore it, or build all anew") from None
         self.rows = np.concatenate([np.zeros(0, INDEX_DTYPE), *indexes])
         self._ends = np.cumsum([len(index) for index in indexes])
 

@@ -27,7 +27,7 @@ from crossguard.configs.schema.build import BuildConfig
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_DIED = "build: a writing process was killed (out of memory?); start again, it goes on"
+_DIED = "a worker process was killed (out of memory?); start again, a build goes on"
 
 
 class Executor(Protocol):

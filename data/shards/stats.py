@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from crossguard.configs.errors import UserError
 from crossguard.configs.progress import progress
 from crossguard.data.shards.executor import Processes
 from crossguard.data.shards.files import pread
@@ -74,7 +75,20 @@ def stats(shards_dir: Path, num_workers: int) -> dict[str, Any]:
 
 
 def count(task: CountTask) -> Counted:
-    """Count the posts of a shard."""
+    """Count the posts of a shard.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return _count(task)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        place = task.shards_dir / task.shard.path
+        what = f"cannot be counted ({type(error).__name__})"
+        raise UserError(f"{place}: {what}; `crossguard shards verify {task.shards_dir}` says what is wrong") from None
+
+
+def _count(task: CountTask) -> Counted:
     rows = read_index(task.shards_dir / task.shard.index_path)
     counted = Counted(Counter(), Counter(), Counter(), rows["text_bytes"][rows["modalities"] & TEXT > 0])
     for name, bit in MODALITIES.items():

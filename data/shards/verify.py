@@ -5,7 +5,6 @@ A hash says that a file is damaged; tar and index, each of which follows from th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections import Counter
@@ -21,7 +20,7 @@ from crossguard.configs.progress import progress
 from crossguard.data.records import epoch_seconds, post_key
 from crossguard.data.shards.executor import Processes
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
-from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, version_name
+from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, file_sha256, version_name
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from crossguard.data.shards.members import BLOCK, Header, read_header
 from crossguard.data.shards.plan import stratum_of
@@ -137,15 +136,19 @@ def _repeated(shards_dir: Path, manifest: Manifest) -> list[Damage]:
 def check_shard(task: ShardTask) -> list[Damage]:
     """Compare a tar and its index with the manifest and with each other."""
     shard, folder = task.shard, task.shards_dir
-    missing = [path for path in (shard.path, shard.index_path) if not (folder / path).is_file()]
-    if missing:
-        return [Damage(path, "", "missing") for path in missing]
+    hashes, unreadable = {}, []
+    for path in (shard.path, shard.index_path):
+        try:
+            # By reading: where the storage fails, a map into memory would end the process.
+            hashes[path] = file_sha256(folder / path)
+        except OSError as error:
+            unreadable.append(Damage(path, "", f"cannot be read ({error.strerror})"))
+    if unreadable:
+        return unreadable
     index = (folder / shard.index_path).read_bytes()
-    index_whole = hashlib.sha256(index).hexdigest() == shard.index_sha256
-    with (folder / shard.path).open("rb") as file:
-        empty = file.seek(0, 2) == 0
-        tar = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    tar_whole = len(tar) == shard.bytes and hashlib.sha256(tar).hexdigest() == shard.sha256
+    tar = _mapped(folder / shard.path)
+    index_whole = hashes[shard.index_path] == shard.index_sha256
+    tar_whole = hashes[shard.path] == shard.sha256 and len(tar) == shard.bytes
     if index_whole and not tar_whole:
         return list(_damaged_samples(shard, tar, np.frombuffer(index, INDEX_DTYPE, offset=_rows_start())))
     if not tar_whole:
@@ -163,6 +166,12 @@ def check_shard(task: ShardTask) -> list[Damage]:
     if not index_whole and not any(damage.file == shard.index_path for damage in found):
         found.append(Damage(shard.index_path, "", "damaged"))
     return found
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        empty = file.seek(0, 2) == 0  # which cannot be mapped
+        return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _damaged_samples(shard: ShardInfo, tar: memoryview, rows: np.ndarray) -> Iterator[Damage]:
