@@ -264,3 +264,18 @@ def test_a_nightly_job_builds_only_what_is_new(posts: Path, tmp_path: Path, monk
     assert run_stage(BUILD, job)
     assert Manifest.load(Path(job.config.shards_location)).version == 2
     assert not run_stage(BUILD, job)
+
+
+def test_shards_that_are_damaged_are_not_appended_to(posts: Path, tmp_path: Path) -> None:
+    manifest = build(make_config(write_lines(posts, some(0, 30))), tmp_path / "run")
+    index = tmp_path / "run/shards" / manifest.shards[1].index_path
+    write_lines(posts, some(0, 31))
+    data = index.read_bytes()
+    index.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{index.name}: changed since the manifest was written"):
+        build(appending(posts), tmp_path / "run")
+    index.unlink()
+    with pytest.raises(UserError, match=rf"{index.name}: is missing; restore it, or build all anew"):
+        build(appending(posts), tmp_path / "run")
+    index.write_bytes(data)
+    assert build(appending(posts), tmp_path / "run").version == 2

@@ -7,6 +7,7 @@ error, and never a surprise in training.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from crossguard.configs.progress import progress
 from crossguard.data.curation.governance import EXPIRED, RULES
 from crossguard.data.shards.executor import Executor
 from crossguard.data.shards.files import pread
-from crossguard.data.shards.index import INDEX_DTYPE, hex_keys, read_index
-from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.folder import ShardFolder
+from crossguard.data.shards.index import INDEX_DTYPE, hex_keys, map_index
+from crossguard.data.shards.manifest import Manifest, ShardInfo
 from crossguard.data.shards.members import read_header
 from crossguard.data.shards.spool import SpoolReader, SpoolWriter
+from crossguard.data.shards.storage import LostError
 from crossguard.data.shards.writer import SampleReader
 
 _LISTED = 5
@@ -101,10 +104,8 @@ class _Held:
     def __init__(self, shards_dir: Path, manifest: Manifest):
         self.shards_dir = shards_dir
         self.shards = manifest.shards
-        try:
-            indexes = [read_index(shards_dir / shard.index_path, shard.index_sha256) for shard in manifest.shards]
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: missing; restore it, or build all anew") from None
+        folder = ShardFolder(str(shards_dir), manifest)
+        indexes = [_index(folder, shard) for shard in manifest.shards]
         self.rows = np.concatenate([np.zeros(0, INDEX_DTYPE), *indexes])
         self._ends = np.cumsum([len(index) for index in indexes])
 
@@ -119,6 +120,19 @@ class _Held:
             sample = pread(file.fileno(), offset, size)
         content = read_header(sample, 0)  # KEY.json comes first
         return str(json.loads(sample[content.start : content.start + content.size])["id"])
+
+
+def _index(folder: ShardFolder, shard: ShardInfo) -> np.ndarray:
+    """The rows of a shard's index; raises UserError when they are not what the manifest says."""
+    place = f"{folder.location}/{shard.index_path}"
+    try:
+        descriptor = folder.open_index(shard, check=True)
+    except LostError as error:
+        raise UserError(f"{place}: {error}; restore it, or build all anew") from None
+    try:
+        return map_index(descriptor, place)
+    finally:
+        os.close(descriptor)
 
 
 def _message(named: list[str], changed: int, gone: int) -> str:

@@ -19,8 +19,9 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.progress import progress
 from crossguard.data.records import epoch_seconds, post_key
 from crossguard.data.shards.executor import Processes
+from crossguard.data.shards.files import descriptor_sha256
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
-from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, file_sha256, version_name
+from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, version_name
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from crossguard.data.shards.members import BLOCK, Header, read_header
 from crossguard.data.shards.plan import stratum_of
@@ -140,7 +141,8 @@ def check_shard(task: ShardTask) -> list[Damage]:
     for path in (shard.path, shard.index_path):
         try:
             # By reading: where the storage fails, a map into memory would end the process.
-            hashes[path] = file_sha256(folder / path)
+            with (folder / path).open("rb") as file:
+                hashes[path] = descriptor_sha256(file.fileno())
         except OSError as error:
             unreadable.append(Damage(path, "", f"cannot be read ({error.strerror})"))
     if unreadable:
