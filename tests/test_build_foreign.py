@@ -15,13 +15,18 @@ import pytest
 import webdataset
 from build_job import build, make_config, picture
 from pyarrow import parquet
+from rank_models import alone
+from rank_training import RECIPE
 
+from crossguard.configs.compose import compose
 from crossguard.configs.errors import UserError
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.loading.sample import RawSample
+from crossguard.data.shards.build import build_shards
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.shards.manifest import Manifest
 from crossguard.data.shards.verify import verify
+from crossguard.train.training import run_training
 
 LONG = "a folder whose name is long/" * 8
 
@@ -88,6 +93,20 @@ def test_a_folder_of_img2dataset(tmp_path: Path) -> None:
     assert sample.post["labels"] == {"hate": 0.4, "spam": 0.0}
     assert sample.post["meta"] == {"url": "https://example.org/000010004.jpg"}
     assert found["000000003"].post["labels"] == {"spam": 1.0}
+
+
+def test_training_from_a_folder_of_img2dataset(tmp_path: Path) -> None:
+    img2dataset(tmp_path / "laion")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    places = [f"recipe={tmp_path / 'tiny.yaml'}", f"data.path={tmp_path / 'laion'}", f"run_dir={tmp_path / 'run'}"]
+    columns = ["data.source=webdataset", "data.columns={labels.spam: is_spam}", "build.max_refused=0.1"]
+    config = compose([*places, *columns, "build.splits={train: 1.0, validation: 0.0, test: 0.0}", "train.max_steps=4"])
+    manifest = build_shards(config, tmp_path / "run/shards", tmp_path / "run/quarantine.jsonl")
+    run_training(config, alone())
+    read = [json.loads(line)["ids"] for line in (tmp_path / "run/samples/rank-00000.jsonl").read_text().splitlines()]
+    assert len(read) == 4
+    # 32 positions: one epoch of the 19 samples and most of the next.
+    assert {id for ids in read for id in ids} == samples_of(tmp_path / "run", manifest).keys()
 
 
 @pytest.mark.parametrize("maxsize", [1e9, 30_000])
