@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint constraints clean
+.PHONY: setup demo test lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p crossguard.configs -p crossguard.data -p crossguard.train -p crossguard.launchers -p crossguard.recipes
 
+# Ratios to other loaders; their packages go into a folder of their own, where nothing else sees them.
+bench: $(VENV)/bench/.ready
+	PYTHONPATH=$(VENV)/bench OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks
+
+$(VENV)/bench/.ready: $(VENV)/.ready tests/benchmarks/requirements.txt
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement tests/benchmarks/requirements.txt
+	touch $@
+
 # Exact versions of everything, from the ranges in pyproject.toml; run it to move to newer ones.
 constraints:
 	$(PYTHON) -m venv $(VENV).new
@@ -40,4 +49,4 @@ constraints:
 	rm -rf $(VENV).new
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .benchmarks runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

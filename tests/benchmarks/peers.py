@@ -90,13 +90,13 @@ def ours(folder: Path) -> Iterator[Iterator[Any]]:
 def our_loader(folder: Path, first_step: int) -> Any:
     """`TrainLoader` of the benchmark's recipe, from `first_step` on."""
     from crossguard.data.loading.loader import TrainLoader
-    from crossguard.data.loading.plan import plan_training
+    from crossguard.data.loading.plan import open_folders, plan_training
     from crossguard.data.taxonomy import Taxonomy
     from crossguard.train.encode import PostEncoder
 
     recipe = config(folder)
     encode = PostEncoder(recipe.model, Taxonomy.from_config(recipe.taxonomy))
-    reader, order = plan_training(recipe, folder / "shards", folder / "run", encode, now=0.0)
+    reader, order = plan_training(recipe, open_folders(recipe), folder / "run", encode, first_step=first_step)
     return TrainLoader(
         reader,
         order,

@@ -51,7 +51,7 @@ def config(folder: Path) -> Config:
             text=TextEncoderConfig(build="none:none", tokenizer="bytes", max_length=MAX_TOKENS),
             image=ImageEncoderConfig(build="none:none", size=IMAGE_SIZE),
         ),
-        data=DataConfig(path=str(folder / "raw" / "posts.jsonl")),
+        data=DataConfig(path=str(folder / "raw" / "posts.jsonl"), shards=str(folder / "shards")),
         build=BuildConfig(num_workers=2, samples_per_shard=POSTS_PER_SHARD),
         train=TrainConfig(batch_size=BATCH, micro_batch_size=BATCH, num_workers=2),
     )
@@ -115,7 +115,7 @@ def _write_shards(folder: Path) -> None:
     """Plain WebDataset tars, read by crossguard and by webdataset."""
     from crossguard.data.shards.build import build_shards
 
-    build_shards(config(folder), folder / "shards", folder / "quarantine.jsonl", now=0.0)
+    build_shards(config(folder), folder / "shards", folder / "quarantine.jsonl")
 
 
 def _write_mds(folder: Path, posts: list[dict[str, Any]]) -> None:
