@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.saved import fingerprint
 from crossguard.configs.schema.mixing import MixingConfig
 from crossguard.data.loading.length_batches import plan_by_length
 from crossguard.data.loading.mixing import Mixing, Phase, cycle_quotas, temperature_shares
@@ -194,7 +193,7 @@ class SampleOrder:
             "seed": self.seed,
             "batch_size": self.batch_size,
             # With the quotas themselves, since they come from floating-point numbers.
-            "mixing": fingerprint([(phase.start, phase.quotas.tolist()) for phase in self.mixing.phases]),
+            "mixing": _hash(repr([(phase.start, phase.quotas.tolist()) for phase in self.mixing.phases]).encode()),
             "lengths": self._lengths_hash,
             "refused": {"count": len(refused), "hash": _hash(refused.astype("<i8").data)},
         }
