@@ -60,7 +60,7 @@ def damage(reader: ShardReader, row: int) -> str:
     sample = reader.read(row).id
     shard = reader.shard_of(row)
     entry = reader._index(shard)[row - int(reader.starts[shard])]
-    tar = reader.folder_of(shard).tar(reader.shards[shard])
+    tar = Path(reader.folder_of(shard).location) / reader.shards[shard].path
     data = bytearray(tar.read_bytes())
     data[int(entry["offset"]) + 600] ^= 1
     tar.chmod(0o644)
