@@ -77,7 +77,7 @@ def _open(config: Config) -> tuple[ShardReader, SampleOrder, Refused, int]:
     refused = Refused.load(checkpoint) if checkpoint else Refused.none()
     encode = PostEncoder(config.model, Taxonomy.from_config(config.taxonomy))
     first_step = saved["order"]["first_step"] if saved else 1
-    reader, order = plan_training(config, open_folders(config), run_dir, encode, refused=refused, first_step=first_step)
+    reader, order = plan_training(config, open_folders(config), run_dir, encode, first_step=first_step)
     if saved:
-        order.check_state(saved["order"], reader.manifest_hash)
+        order.go_on(saved["order"], reader.manifest_hash, refused.rows)
     return reader, order, refused, saved["step"] if saved else 0

@@ -171,7 +171,8 @@ def test_state_names_what_changed() -> None:
     saved = json.loads(json.dumps(order.state("a" * 64, 80)))
     assert saved["position"] == 80
     assert len(json.dumps(saved)) < 1024
-    order.check_state(saved, "a" * 64)
+    none = np.zeros(0, dtype=np.int64)
+    order.go_on(saved, "a" * 64, none)
     warmer = SampleOrder(order.layout, 8, 0, MixingConfig(temperature=2), lengths=lengths)
     changes = {
         "hash of the manifest": (order, "b" * 64),
@@ -183,9 +184,9 @@ def test_state_names_what_changed() -> None:
     }
     for message, (changed, manifest) in changes.items():
         with pytest.raises(UserError, match=message):
-            changed.check_state(saved, manifest)
+            changed.go_on(saved, manifest, none)
     # One stratum is one group at any temperature: the same quotas, the same order.
-    warmer.check_state(saved, "a" * 64)
+    warmer.go_on(saved, "a" * 64, none)
 
 
 def test_micro_batch_is_the_largest_divisor_not_above_the_bound() -> None:

@@ -60,21 +60,21 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
     folders = ranks.on_first(lambda: _checked_folders(config, taxonomy))
     encode = PostEncoder(config.model, taxonomy)
 
-    def plan(first_step: int, refused: Refused, speak: bool = False) -> tuple[ShardReader, SampleOrder]:
-        return plan_training(config, folders, run_dir, encode, refused=refused, first_step=first_step, speak=speak)
+    def plan(first_step: int, speak: bool = False) -> tuple[ShardReader, SampleOrder]:
+        return plan_training(config, folders, run_dir, encode, first_step=first_step, speak=speak)
 
     first_step = 1 if saved is None else saved["first_step"]
     # The first rank counts token lengths, the others find them counted.
-    ranks.on_first(lambda: plan(first_step, Refused.none(), speak=True)[1].num_samples)
-    reader, order = plan(first_step, refused)
+    ranks.on_first(lambda: plan(first_step, speak=True)[1].num_samples)
+    reader, order = plan(first_step)
     if saved is not None:
         try:
-            order.check_state(saved, reader.manifest_hash)
+            order.go_on(saved, reader.manifest_hash, refused.rows)
         except UserError:
             if not config.train.new_order:
                 raise
             refused = Refused.none()
-            reader, order = plan(step + 1, refused)
+            reader, order = plan(step + 1)
             ranks.say(f"train: a new sample order from step {step + 1} on")
     inputs = Inputs(next(iter(folders.values())), encode, reader, order, refused)
     # One clock and one look at the folder decide what is not read.

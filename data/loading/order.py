@@ -170,14 +170,23 @@ class SampleOrder:
         """All that a resumed run needs to go on at `position`; JSON, under 1 KB."""
         return self._identity(manifest_hash) | {"first_step": self.first_step, "position": position}
 
-    def check_state(self, saved: Mapping[str, Any], manifest_hash: str) -> None:
-        """Make sure that this order continues the saved one.
+    def go_on(self, saved: Mapping[str, Any], manifest_hash: str, refused: np.ndarray) -> None:
+        """Go around the rows that a saved order went around, and make sure that this one continues it.
+
+        Args:
+            saved: its state.
+            manifest_hash: of the shards as they are now.
+            refused: int64[…], its refused rows.
 
         Raises:
             UserError: names everything that changed.
         """
+        if saved.get("manifest") == manifest_hash:  # The rows of other shards are other samples.
+            self.refuse(refused)
         mine = self._identity(manifest_hash)
         changed = [name for name in mine if saved.get(name) != mine[name]]
+        if "manifest" in changed:
+            changed = [name for name in changed if name != "refused"]
         if changed:
             details = "; ".join(f"{STATE_NAMES[name]}: {saved.get(name)} before, {mine[name]} now" for name in changed)
             raise UserError(

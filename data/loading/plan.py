@@ -13,7 +13,6 @@ from crossguard.data.loading.encoded import Encode
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.loading.refused import Refused
 from crossguard.data.loading.strata import Layout
 from crossguard.data.shards.folder import ShardFolder
 
@@ -42,7 +41,6 @@ def plan_training(
     run_dir: Path,
     encode: Encode,
     *,
-    refused: Refused | None = None,
     first_step: int = 1,
     speak: bool = False,
 ) -> tuple[ShardReader, SampleOrder]:
@@ -55,12 +53,8 @@ def plan_training(
         folders: as `open_folders` gives them.
         run_dir: where the lengths lie.
         encode: whose tokens are counted.
-        refused: rows that are not read.
         first_step: the first step of this order.
         speak: show progress.
-
-    Raises:
-        UserError: nothing may be read.
     """
     reader = ShardReader(list(folders.values()), TRAIN_SPLIT)
     lengths = token_lengths(reader, encode, run_dir / "lengths", config.train.num_workers, speak=speak)
@@ -73,7 +67,6 @@ def plan_training(
         config.seed,
         config.data.mixing,
         lengths=lengths,
-        refused=None if refused is None else refused.rows,
         first_step=first_step,
     )
     return reader, order
