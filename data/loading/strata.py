@@ -6,9 +6,10 @@ has for each shard say which rows a stratum holds, and nothing needs to be read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -20,32 +21,33 @@ class Groups:
 
     Args:
         names: of the groups, G.
-        first_rows: for each group, int64[…]: the row that each of its runs begins with, ascending.
-        run_lengths: for each group, int[…]: the rows of each run.
         shards: int[G], in how many shards each group lies.
+        num_runs: of all groups together.
+        runs: for each group, the row that each of its runs begins with, int64[…] ascending, and the runs' lengths.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        first_rows: Sequence[np.ndarray],
-        run_lengths: Sequence[np.ndarray],
         shards: Sequence[int],
+        num_runs: int,
+        runs: Iterable[tuple[np.ndarray, np.ndarray]],
     ):
-        self.names = tuple(names)
-        self.shards = tuple(shards)
-        self.sizes = np.array([lengths.sum(dtype=np.int64) for lengths in run_lengths], dtype=np.int64)
-        self.num_rows = int(self.sizes.sum())
+        self.names, self.shards = tuple(names), tuple(shards)
         # The runs of group g stand at _begin[g] … _begin[g + 1]: the row and the ordinal in the group that each starts
-        # at. Written in place: there may be as many as shards times strata.
-        self._begin = np.cumsum([0, *(len(rows) for rows in first_rows)])
-        self._first_row = np.empty(self._begin[-1], dtype=np.int64)
-        self._ordinal = np.empty(self._begin[-1], dtype=np.int64)
-        for begin, rows, lengths in zip(self._begin, first_rows, run_lengths, strict=False):
-            runs = slice(begin, begin + len(rows))
-            self._first_row[runs] = rows
-            np.cumsum(lengths, out=self._ordinal[runs])
-            self._ordinal[runs] -= lengths
+        # at. There may be as many as shards times strata, so they are written in place.
+        self._first_row = np.empty(num_runs, dtype=np.int64)
+        self._ordinal = np.empty(num_runs, dtype=np.int64)
+        begin, sizes = [0], []
+        for first_rows, lengths in runs:
+            own = slice(begin[-1], begin[-1] + len(lengths))
+            self._first_row[own] = first_rows
+            np.cumsum(lengths, out=self._ordinal[own])
+            self._ordinal[own] -= lengths
+            begin.append(own.stop)
+            sizes.append(int(lengths.sum(dtype=np.int64)))
+        self._begin, self.sizes = np.array(begin), np.array(sizes, dtype=np.int64)
+        self.num_rows = sum(sizes)
 
     def rows(self, group: int, ordinals: np.ndarray) -> np.ndarray:
         """int64: the rows of a group at `ordinals`, each in 0 … sizes[group]-1."""
@@ -97,26 +99,25 @@ class Layout:
     @classmethod
     def of_counts(cls, names: Sequence[str], strata: Sequence[Sequence[str]], counts: Sequence[np.ndarray]) -> Layout:
         """The layout of datasets from their names, the names of their strata and int[shards, strata] samples each."""
-        sizes = np.array([table.sum(dtype=np.int64) for table in counts])
-        first_rows, run_lengths = [], []
-        for table, start in zip(counts, np.cumsum(sizes) - sizes, strict=True):
-            per_shard = table.sum(axis=1, dtype=np.int64)
-            # The row behind what was counted so far of each shard.
-            row = start + np.cumsum(per_shard) - per_shard
-            for column in table.T:
-                inside = np.flatnonzero(column)
-                first_rows.append(row[inside])
-                run_lengths.append(column[inside])
-                row += column
-        datasets = Groups(
-            names,
-            [np.array([start]) for start in np.cumsum(sizes) - sizes],
-            [np.array([size]) for size in sizes],
-            [len(table) for table in counts],
-        )
+        sizes = [int(table.sum(dtype=np.int64)) for table in counts]
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        whole = [(np.array([start]), np.array([size])) for start, size in zip(starts, sizes, strict=True)]
         own_names = [f"{name}:{stratum}" for name, own in zip(names, strata, strict=True) for stratum in own]
+        shards = np.concatenate([np.count_nonzero(table, axis=0) for table in counts]).tolist()
+        runs = chain.from_iterable(map(_runs_of_strata, counts, starts))
         return cls(
-            datasets,
-            Groups(own_names, first_rows, run_lengths, [len(lengths) for lengths in run_lengths]),
+            Groups(names, [len(table) for table in counts], len(whole), whole),
+            Groups(own_names, shards, sum(shards), runs),
             np.repeat(np.arange(len(names)), [table.shape[1] for table in counts]),
         )
+
+
+def _runs_of_strata(table: np.ndarray, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each stratum, where its rows begin in each shard that has some, and how many there are."""
+    per_shard = table.sum(axis=1, dtype=np.int64)
+    # The row behind what was counted so far of each shard.
+    row = start + np.cumsum(per_shard) - per_shard
+    for column in table.T:
+        inside = np.flatnonzero(column)
+        yield row[inside], column[inside]
+        row += column
