@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "train.num_workers",
     "train.patience",
     "train.restart",
+    "train.step_timeout",
     "zero",
 )
 # What may change as well where training goes on with other samples (train.new_order=true).

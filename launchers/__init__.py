@@ -12,8 +12,11 @@ def num_procs(config: LauncherConfig) -> int:
     return config.num_procs or max(local.count_gpus(), 1)
 
 
-def launch(arguments: list[str], config: LauncherConfig) -> None:
-    """Run `python -m crossguard.train ARGUMENTS` on the ranks that `config` describes, and wait for the end."""
+def launch(arguments: list[str], config: LauncherConfig, shared_out: int) -> None:
+    """Run `python -m crossguard.train ARGUMENTS` on the ranks that `config` describes, and wait for the end.
+
+    `shared_out` is what any number of ranks must divide.
+    """
     from crossguard.launchers import local
 
-    local.launch(arguments, num_procs(config), config.threads_per_proc)
+    local.launch(arguments, num_procs(config), config, shared_out)

@@ -1,51 +1,56 @@
-"""Ranks on this machine, started and watched by torchrun's elastic agent inside this process."""
+"""Ranks on this machine: watched, started again when one is lost, and given time to save when the job is preempted."""
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
-import tempfile
+import time
 from pathlib import Path
 
-from crossguard.configs.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
+from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
+from crossguard.configs.preemption import SIGNALS, on_preemption
+from crossguard.configs.schema import LauncherConfig
+from crossguard.launchers.processes import RankProcesses
+
+# How long the others may take to end when a rank is lost: without it they can save nothing.
+SECONDS_TO_END = 5.0
+FOREVER = 1e9
 
 
-def launch(arguments: list[str], num_procs: int, threads_per_proc: int | None) -> None:
+def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_out: int) -> None:
     """Run `python -m crossguard.train ARGUMENTS` on `num_procs` ranks and wait for the end.
+
+    A rank that is lost, killed by a signal or hanging, ends the others; they start again up to `launcher.max_restarts`
+    times and go on from the newest checkpoint.
+
+    Args:
+        arguments: of the ranks.
+        num_procs: ranks to begin with.
+        config: the launcher's.
+        shared_out: what any number of ranks must divide (the posts of a step).
 
     Raises:
         UserError: a rank ended with exit status 2; it has said why.
-        Preempted: a rank ended with exit status 75.
-        JobError: a rank ended in any other way.
+        Preempted: this process or a rank was asked to stop.
+        JobError: a rank failed, or was lost once too often.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["OMP_NUM_THREADS"] = str(threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs))
-    logs = tempfile.TemporaryDirectory(prefix="crossguard-")
-    agent = LaunchConfig(
-        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
-        run_id=f"crossguard-{os.getpid()}",
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_procs,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    try:
-        with logs:
-            elastic_launch(agent, sys.executable)("-m", "crossguard.train", *arguments)
-    except ChildFailedError as error:
-        statuses = {failure.exitcode for failure in error.failures.values()}
-        raise _outcome(statuses, error) from None
-    except SignalException as error:
-        # The agent has passed the signal on to the ranks and waited for them.
-        raise JobError(f"stopped by {error.sigval.name}; start again and it goes on from the last checkpoint") from None
+    restarts = 0
+    while lost := _run(arguments, num_procs, config):
+        if restarts == config.max_restarts:
+            tried = f" (after {restarts} restarts)" if restarts else ""
+            raise JobError(f"{lost}{tried}; see logs/ in the run directory; start again, or set launcher.max_restarts")
+        restarts += 1
+        # Once may be an accident; a rank that is lost again may lack a place to live.
+        if config.elastic and restarts > 1:
+            num_procs = next((n for n in range(num_procs - 1, 0, -1) if shared_out % n == 0), num_procs)
+        # The checkpoints of the first start are not to be moved aside.
+        arguments = [argument for argument in arguments if not argument.startswith("train.restart=")]
+        print(
+            f"crossguard: {lost}; restart {restarts} of {config.max_restarts} on {num_procs} ranks",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def count_gpus() -> int:
@@ -56,11 +61,52 @@ def count_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def _outcome(statuses: set[int], error: Exception) -> UserError | Preempted | JobError:
+def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
+    """One start of the ranks; says which rank was lost and why, or nothing when all have done their work."""
+    threads = config.threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs)
+    ranks = RankProcesses(arguments, num_procs, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    asked_at: list[float] = []
+
+    def pass_on(sent: signal.Signals) -> None:
+        asked_at.append(time.monotonic())
+        ranks.send(sent)
+
+    patience = SECONDS_TO_END
+    try:
+        with on_preemption(pass_on):
+            while (ended := ranks.wait(1.0)) is None:
+                if asked_at and time.monotonic() - asked_at[0] > config.grace_seconds:
+                    patience = 0
+                    raise Preempted(
+                        f"preempted; the ranks had not saved within launcher.grace_seconds={config.grace_seconds:g}; "
+                        "start again and it goes on from the last checkpoint"
+                    )
+            if EXIT_PREEMPTED in ended.values():
+                patience = config.grace_seconds  # Nothing is left to save, but logs and tracker are still closed.
+            return _outcome(ended, asked=bool(asked_at))
+    finally:
+        ranks.end(patience)
+
+
+def _outcome(ended: dict[int, int], asked: bool) -> str:
+    """What the exit statuses of the ranks that ended first mean."""
     # The message of a rank is on the terminal already: the first rank prints it.
+    statuses = set(ended.values())
     if EXIT_USER_ERROR in statuses:
-        return UserError("")
-    if EXIT_PREEMPTED in statuses:
-        return Preempted("")
-    ended = ", ".join(str(status) for status in sorted(statuses))
-    return JobError(f"a rank ended with exit status {ended}; see logs/ in the run directory")
+        raise UserError("")
+    # A rank is ended by the signal itself before it has learned to heed it.
+    preempted = asked and EXIT_FAILED not in statuses
+    if preempted or statuses & {EXIT_PREEMPTED, *(-name for name in SIGNALS)}:
+        raise Preempted("preempted; start again and it goes on where it stopped")
+    killed = {rank: signal.Signals(-status).name for rank, status in ended.items() if status < 0}
+    if killed:
+        return ", ".join(f"rank {rank} was ended by {_explained(name)}" for rank, name in killed.items())
+    failed = {rank: status for rank, status in ended.items() if status}
+    if failed:
+        what = ", ".join(f"rank {rank} ended with exit status {status}" for rank, status in failed.items())
+        raise JobError(f"{what}; see logs/ in the run directory")
+    return ""
+
+
+def _explained(name: str) -> str:
+    return {"SIGKILL": "SIGKILL (is memory short?)", "SIGALRM": "SIGALRM (it hung)"}.get(name, name)

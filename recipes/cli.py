@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
 }
 
 EPILOG = """Settings are written key=value, e.g. train.lr=1e-4, zero=2, data.path=posts/.
-Exit status: 0 success; 1 the job failed; 2 what was supplied is wrong."""
+Exit status: 0 success; 1 the job failed; 2 what was supplied is wrong; 75 preempted, start again."""
 
 
 def main(argv: list[str] | None = None) -> None:

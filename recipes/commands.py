@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from signal import Signals
 
-from crossguard.configs.errors import UserError
+from crossguard.configs.errors import Preempted, UserError
+from crossguard.configs.preemption import on_preemption
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
 from crossguard.recipes.work import check_ranks
@@ -90,8 +92,13 @@ def _build(job: Job) -> None:
 
 
 def _do(stage: Stage, job: Job, which: str = "") -> None:
-    if not run_stage(stage, job):
-        print(f"{stage.name}{which}: done before, skipped", flush=True)
+    with on_preemption(_stop):
+        if not run_stage(stage, job):
+            print(f"{stage.name}{which}: done before, skipped", flush=True)
+
+
+def _stop(sent: Signals) -> None:
+    raise Preempted(f"preempted by {sent.name}; start again and it goes on")
 
 
 def _no_arguments(name: str, argv: list[str]) -> None:

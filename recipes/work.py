@@ -35,14 +35,14 @@ def train(job: Job) -> None:
     """Train on the ranks of the launcher; goes on by itself where a run directory has checkpoints."""
     check_splits(job, training=True)
     check_ranks(job)
-    launch(["stage=train", *job.arguments], job.config.launcher)
+    launch(["stage=train", *job.arguments], job.config.launcher, job.config.train.batch_size)
 
 
 def evaluate(job: Job) -> None:
     """Score every held-out split and write the report."""
     check_splits(job)
     _need_checkpoint(job, "evaluate")
-    launch(["stage=evaluate", *job.arguments], job.config.launcher)
+    launch(["stage=evaluate", *job.arguments], job.config.launcher, job.config.train.batch_size)
     print(f"evaluate: report -> {job.run_dir / 'report' / 'report.html'}", flush=True)
 
 

@@ -10,13 +10,18 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossguard.configs.arguments import take
 from crossguard.configs.compose import compose
-from crossguard.configs.errors import EXIT_FAILED, CrossguardError
+from crossguard.configs.errors import EXIT_FAILED, CrossguardError, Preempted
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.checks import one_of
+from crossguard.train import preemption, watchdog
+
+if TYPE_CHECKING:
+    from crossguard.train.ranks import Ranks
 
 # As shells report a process that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
@@ -28,12 +33,21 @@ def main(argv: list[str]) -> int:
     """Run a stage as one rank; returns the exit status."""
     if "RANK" in os.environ:  # A launcher started this process.
         die_with_parent()
+    with preemption.heeding():
+        return _outcome(argv)
+
+
+def _outcome(argv: list[str]) -> int:
     try:
         own, rest = take(argv, "stage")
         stage = own.get("stage", "train")
         one_of("stage", stage, STAGES)
         config = compose(rest)
         _run(stage, config)
+    except Preempted as error:  # All ranks at once: the first one says so.
+        if os.environ.get("RANK", "0") == "0":
+            _say(str(error))
+        return error.exit_status
     except CrossguardError as error:
         _say(str(error))
         return error.exit_status
@@ -49,23 +63,31 @@ def _run(stage: str, config: Config) -> None:
     """Everything that libraries print goes to this rank's log; so does the traceback of an error."""
     from crossguard.train.rank_log import rank_log
 
-    with rank_log(Path(config.run_dir)):
+    with rank_log(Path(config.run_dir)) as (terminal, log):
         from crossguard.train.ranks import init_ranks, leave_ranks
 
         try:
             ranks = init_ranks()
-            if stage == "train":
-                from crossguard.train.training import run_training
-
-                run_training(config, ranks)
-            else:
-                from crossguard.train.evaluation.stage import run_evaluation
-
-                run_evaluation(config, ranks)
+            with watchdog.watching(config.train.step_timeout, ranks.rank, terminal, log):
+                _run_stage(stage, config, ranks)
             leave_ranks()
+        except Preempted as stopped:
+            logging.getLogger(__name__).info("stage=%s: %s", stage, stopped)
+            raise
         except Exception:
             logging.getLogger(__name__).exception("stage=%s failed", stage)
             raise
+
+
+def _run_stage(stage: str, config: Config, ranks: Ranks) -> None:
+    if stage == "train":
+        from crossguard.train.training import run_training
+
+        run_training(config, ranks)
+    else:
+        from crossguard.train.evaluation.stage import run_evaluation
+
+        run_evaluation(config, ranks)
 
 
 def _say(message: str) -> None:
@@ -73,6 +95,8 @@ def _say(message: str) -> None:
     launcher ends this process before its turn comes."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
+        if preemption.asked():  # It has tried to.
+            return
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"
     print(f"crossguard: {message}", file=sys.stderr, flush=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from crossguard.configs.errors import JobError
+from crossguard.configs.errors import JobError, Preempted
 from crossguard.configs.progress import progress
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch
+from crossguard.train import preemption, watchdog
 from crossguard.train.engine import Engine
 from crossguard.train.objectives import Objective, known_labels
 from crossguard.train.optimizer import learning_rate
@@ -34,6 +36,8 @@ class TrainState:
     best_metric: str = ""
     # Evaluations since the best one.
     evaluations_without_better: int = 0
+    # The evaluation of this step has been left for the next start.
+    evaluation_due: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,33 @@ class TrainLoop:
     ):
         self.config, self.engine, self.objective, self.loader, self.state = config, engine, objective, loader, state
         self.last_step, self.log, self.refusals, self.validate, self.save = last_step, log, refusals, validate, save
+        # A rank was asked to stop: the same on all of them.
+        self._stop = False
 
     def run(self) -> None:
         """Train.
 
         Raises:
             JobError: a loss or gradient is not finite, or a checkpoint cannot be written.
+            Preempted: a rank was asked to stop; on all ranks after the same step, which is saved.
         """
         state, speak = self.state, self.engine.ranks.is_first
         self.engine.train()
-        with progress("train", self.last_step, "steps", done=state.step, speak=speak) as shown:
+        with (
+            preemption.holding(),
+            watchdog.resting_after(),
+            progress("train", self.last_step, "steps", done=state.step, speak=speak) as shown,
+        ):
+            if state.evaluation_due:
+                self._evaluate_and_save(saved=True)
             batches_of_steps = iter(self.loader)
             while state.step < self.last_step and not out_of_patience(state, self.config):
+                watchdog.phase("data")
                 asked = time.perf_counter()
                 batches = next(batches_of_steps)
                 fetched = time.perf_counter()
                 result = self.train_step(state.step + 1, batches)
+                watchdog.arm()
                 state.step += 1
                 self.log.step(state.step, result, batches, waited=fetched - asked)
                 self._evaluate_and_save()
@@ -107,36 +122,62 @@ class TrainLoop:
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
         batches = [batch.to(ranks.device) for batch in batches]
 
+        watchdog.phase("waiting for the other ranks")
         known = torch.stack([known_labels(batch.labels) for batch in batches]).sum()
-        known, damaged = ranks.sum(torch.stack([known, torch.full_like(known, self.refusals.take())]))
+        mine = torch.full_like(known, self.refusals.take()), torch.full_like(known, preemption.asked())
+        known, damaged, asked = ranks.sum(torch.stack([known, *mine]))
         known = known.clamp(min=1)
 
         total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for batch in batches:
+            watchdog.phase("forward")
             logits = engine(batch)
             loss = self.objective(logits, batch.labels).sum() / known
+            watchdog.phase("backward")
             engine.backward(loss)
             total += loss.detach()
 
+        watchdog.phase("step")
         global_loss = float(ranks.sum(total))
         # Before the update, so that the weights stay as they were.
         self._check_finite("loss", global_loss, step, batches)
         self.refusals.check(int(damaged))
+        self._stop = bool(asked)
 
         grad_norm = engine.step(lr)
         self._check_finite("gradient", grad_norm, step, batches)
         return StepResult(global_loss, grad_norm, lr)
 
-    def _evaluate_and_save(self) -> None:
-        step, last = self.state.step, self.state.step == self.last_step
+    def _evaluate_and_save(self, *, saved: bool = False) -> None:
+        """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.
+
+        Raises:
+            Preempted: a rank was asked to stop, up to the end of the save; the step is saved.
+        """
+        state, step, last = self.state, self.state.step, self.state.step == self.last_step
         every = self.config.evaluation.every_steps
-        best = False
-        if self.validate is not None and every and (last or step % every == 0):
-            best = self._is_best(self.validate(step))
-            self.engine.train()
+        state.evaluation_due = self.validate is not None and bool(every) and (saved or last or step % every == 0)
+        best = state.evaluation_due and self._evaluate(step)
         every = self.config.checkpoint.every_steps
-        if best or last or (every and step % every == 0) or out_of_patience(self.state, self.config):
+        save = self._stop or best or last or (every and step % every == 0) or out_of_patience(state, self.config)
+        if save and not (saved and state.evaluation_due):
+            watchdog.phase("save")
             self.save(best)
+            self._stop = self._stop or self.engine.ranks.any(preemption.asked())
+        if self._stop:
+            raise Preempted(f"train: stopped after step {step}, which is saved; start again and it goes on")
+
+    def _evaluate(self, step: int) -> bool:
+        """Whether this evaluation is the best so far; it stays due when a rank is asked to stop before its end."""
+        if self.validate is None or self._stop:
+            return False
+        best = False
+        with suppress(Preempted):
+            best = self._is_best(self.validate(step))
+            self.state.evaluation_due = False
+        self.engine.train()
+        self._stop = self.engine.ranks.any(preemption.asked())
+        return best
 
     def _is_best(self, value: float | None) -> bool:
         state, wanted = self.state, self.config.checkpoint
@@ -172,4 +213,4 @@ def out_of_patience(state: TrainState, config: Config) -> bool:
 
 def state_from(saved: dict[str, Any]) -> TrainState:
     """The counts that a checkpoint holds."""
-    return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__ if name in saved})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STAGING = ".staging-"
+TRAIN = "train"
 
 
 class LineLog:
@@ -43,17 +44,20 @@ def samples_file(run_dir: Path, rank: int) -> Path:
     return run_dir / "samples" / f"rank-{rank:05d}.jsonl"
 
 
-def cut_after(run_dir: Path, step: int) -> None:
-    """Remove the lines of steps after `step` (the restored one): they will be written again, each step stands once."""
+def cut_after(run_dir: Path, step: int, *, evaluated: bool = True) -> None:
+    """Remove the lines of steps after `step` (the restored one): they will be written again, each step stands once.
+
+    With `evaluated=False` the evaluation of `step` itself will be written again, too.
+    """
     files = (metrics_file(run_dir), run_dir / "quarantine.jsonl", *sorted((run_dir / "samples").glob("rank-*.jsonl")))
     for file in files:
         if file.is_file():
-            _cut(file, step)
+            _cut(file, step, evaluated)
 
 
-def _cut(file: Path, step: int) -> None:
+def _cut(file: Path, step: int, evaluated: bool) -> None:
     lines = file.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _step_of(line) <= step and (evaluated or not _is_evaluation(line, step))]
     if len(kept) < len(lines):
         staging = file.with_name(f"{STAGING}{file.name}")
         with staging.open("wb") as opened:
@@ -61,6 +65,10 @@ def _cut(file: Path, step: int) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         staging.replace(file)
+
+
+def _is_evaluation(line: bytes, step: int) -> bool:
+    return _step_of(line) == step and json.loads(line).get("split", TRAIN) != TRAIN
 
 
 def _step_of(line: bytes) -> float:

@@ -8,14 +8,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 
 @contextlib.contextmanager
-def rank_log(run_dir: Path) -> Iterator[None]:
+def rank_log(run_dir: Path) -> Iterator[tuple[TextIO, TextIO]]:
     """Send standard output and standard error of this process to `logs/rank-00000.log` of this rank.
 
     On rank 0 alone, Python's `sys.stderr` stays on the terminal, for progress and the one line of an error; what
     compilers and C++ write goes to the log even there.
+
+    Yields:
+        The terminal, and the log.
     """
     rank = int(os.environ.get("RANK", "0"))
     path = run_dir / "logs" / f"rank-{rank:05d}.log"
@@ -30,7 +34,7 @@ def rank_log(run_dir: Path) -> Iterator[None]:
         try:
             with _descriptors_to(log.fileno()), contextlib.redirect_stdout(log):
                 sys.stderr = terminal if rank == 0 else log
-                yield
+                yield terminal, log
         finally:
             sys.stderr = before
             logging.captureWarnings(False)

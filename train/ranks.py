@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from crossguard.configs.errors import CrossguardError
+from crossguard.configs.rank_store import STORE_DESCRIPTOR
 
 T = TypeVar("T")
-# The launcher ends the job when a rank is lost; this only bounds a hang that nobody notices. Rank 0 may take hours to
-# verify and measure a large set of shards while the others wait.
+# Only bounds a hang at the start, where rank 0 may take hours to verify and measure a large set of shards while the
+# others wait. Afterwards the watchdog ends a rank that waits too long, and the launcher the others when a rank is lost.
 TIMEOUT = timedelta(hours=12)
 
 
@@ -50,6 +51,10 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def any(self, value: bool) -> bool:
+        """Whether any rank says so. Talks over the CPU: no device has to wait."""
+        return bool(value) if self.world_size == 1 else bool(self.sum(torch.tensor(int(value))))
 
     def broadcast(self, value: T) -> T:
         """Rank 0's small object, on every rank."""
@@ -103,8 +108,21 @@ def init_ranks() -> Ranks:
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=TIMEOUT, **_store())
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def _store() -> dict[str, Any]:
+    """Where the ranks find each other: on the socket that the local launcher has bound for rank 0; otherwise nothing,
+    and torch takes the address from the environment."""
+    descriptor = os.environ.pop(STORE_DESCRIPTOR, None)
+    if descriptor is None:
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = {} if rank else {"is_master": True, "master_listen_fd": int(descriptor)}
+    store = dist.TCPStore(address, port, world_size, timeout=TIMEOUT, **listening)
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def leave_ranks() -> None:

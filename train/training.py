@@ -36,6 +36,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
     Raises:
         UserError: the configuration, the shards or a checkpoint do not fit together.
         JobError: the run directory is in use, a loss is not finite, or the disk refuses a checkpoint.
+        Preempted: a rank was asked to stop; all ranks have stopped after the same step, which is saved.
     """
     run_dir = Path(config.run_dir)
     with run_lock(run_dir, ranks):
@@ -50,7 +51,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
         state = TrainState(step=0, schedule_steps=config.train.schedule_steps or last_step)
         if saved is not None:
             state = state_from(saved)
-        if state.step >= last_step or out_of_patience(state, config):
+        if not state.evaluation_due and (state.step >= last_step or out_of_patience(state, config)):
             ranks.say(f"train: done before, at step {state.step}")
             return
         if last_step > state.schedule_steps:
@@ -59,7 +60,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
                 " the first start does not move on resume); to extend a schedule, set it before the first start"
             )
         engine = _open_engine(config, ranks, inputs, checkpoint)
-        ranks.on_first(lambda: _open_run_dir(run_dir, config, state.step))
+        ranks.on_first(lambda: _open_run_dir(run_dir, config, state))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
         _train(config, engine, inputs, state, last_step, tracker)
 
@@ -131,10 +132,10 @@ def _clean(run_dir: Path, config: Config) -> None:
     checkpoint_folder.point(run_dir)
 
 
-def _open_run_dir(run_dir: Path, config: Config, step: int) -> None:
+def _open_run_dir(run_dir: Path, config: Config, state: TrainState) -> None:
     """Rank 0: the configuration in force, and no lines of steps that will come again."""
     save_config(config, run_dir / "config.yaml")
-    cut_after(run_dir, step)
+    cut_after(run_dir, state.step, evaluated=not state.evaluation_due)
 
 
 def _last_step(config: Config, order: SampleOrder) -> int:

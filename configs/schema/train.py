@@ -81,6 +81,9 @@ class TrainConfig:
     patience: int | None = None
     # Share of the samples read that may turn out to be damaged or missing before training stops.
     max_refused: float = 0.01
+    # Seconds after which a step, a save or a pass of an evaluation counts as hanging and ends the job; 0 never does.
+    # The start and its first step, which may compile, take as long as they need.
+    step_timeout: float = 1800.0
     # Move the checkpoints of this run directory aside and start at step 0.
     restart: bool = False
     # Where shards, seed or mixing changed since the last checkpoint: keep the weights, and draw the steps that are left
@@ -88,7 +91,7 @@ class TrainConfig:
     new_order: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "num_workers", "grad_clip", "weight_decay"):
+        for name in ("warmup_steps", "num_workers", "grad_clip", "weight_decay", "step_timeout"):
             at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "schedule_steps", "patience"):
             at_least(f"train.{name}", getattr(self, name), 1)

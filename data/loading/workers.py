@@ -24,6 +24,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any, Protocol
 
 from crossguard.configs.errors import JobError
+from crossguard.configs.preemption import SIGNALS
 from crossguard.data.loading.transport import Places
 
 # How long a worker may outlive a trainer that was killed.
@@ -185,11 +186,12 @@ def _context(preload: str) -> ForkServerContext:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What is started inside does not see SIGINT and SIGTERM, which a terminal or a scheduler sends to every process
-    of a job: the training process decides when to stop, and needs its workers until then."""
-    resource_tracker.ensure_running()  # which unblocks both signals when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """What is started inside does not see SIGINT and the signals of preemption, which a terminal or a scheduler sends
+    to every process of a job: the training process decides when to stop, and needs its workers until then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        resource_tracker.ensure_running()  # which ignores SIGINT and SIGTERM, but unblocks them when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *SIGNALS})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from crossguard.configs.errors import JobError
+from crossguard.configs.errors import JobError, Preempted
 from crossguard.configs.progress import progress
 from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.loader import EvalLoader
 from crossguard.data.loading.reader import ShardReader
+from crossguard.train import preemption, watchdog
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.ranks import Ranks
@@ -53,7 +54,26 @@ def score_split(
 
     Raises:
         JobError: a score is not finite.
+        Preempted: a rank was asked to stop; on all ranks.
     """
+    with preemption.holding(), watchdog.resting_after():
+        watchdog.phase("evaluation")
+        predictions = _score(model, encode, reader, rows, ranks, batch_size, num_workers, on_refused, title)
+    _check_finite(predictions, reader.split)
+    return predictions
+
+
+def _score(
+    model: nn.Module,
+    encode: PostEncoder,
+    reader: ShardReader,
+    rows: np.ndarray,
+    ranks: Ranks,
+    batch_size: int,
+    num_workers: int,
+    on_refused: Callable[[dict[str, Any]], None],
+    title: str,
+) -> Predictions:
     dealt = _deal(reader, rows, batch_size, ranks.world_size)
     loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
     parts = []
@@ -73,9 +93,16 @@ def score_split(
             if batch is not None:
                 parts.append(_predictions(encode.taxonomy.names, batch, logits))
             shown.advance(count)
-    predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*ranks.gather(parts)))
-    _check_finite(predictions, reader.split)
-    return predictions
+            _check_not_preempted(ranks.any(preemption.asked()))
+            watchdog.phase("evaluation")
+    everyone = ranks.gather((preemption.asked(), parts))
+    _check_not_preempted(any(asked for asked, _ in everyone))
+    return Predictions.gather(encode.taxonomy.names, itertools.chain(*(scored for _, scored in everyone)))
+
+
+def _check_not_preempted(asked: bool) -> None:
+    if asked:
+        raise Preempted("the evaluation was stopped; start again and it is done anew")
 
 
 def _deal(reader: ShardReader, rows: np.ndarray, batch_size: int, world_size: int) -> list[np.ndarray]:

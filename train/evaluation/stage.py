@@ -18,6 +18,7 @@ from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
+from crossguard.train import watchdog
 from crossguard.train.checkpoint import best_or_latest, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
@@ -57,12 +58,14 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
     Raises:
         UserError: no checkpoint, a split that does not exist, shards or checkpoint of something else.
         JobError: the run directory is in use.
+        Preempted: a rank was asked to stop; nothing is half-written.
     """
     run_dir = Path(config.run_dir)
     with run_lock(run_dir, ranks):
         checkpoint = best_or_latest(run_dir)
         check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
         posts = _open_posts(config, ranks)
+        watchdog.arm()
         scored = {MODEL: _score(run_dir, config.model, config, posts, ranks)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]

@@ -1,0 +1,38 @@
+"""Preemption: all ranks stop after one step, save it, and go on as if they had never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rank_models import run_ranks
+from rank_preemption import PHASES
+from rank_training import arguments, write_job
+
+from crossguard.configs.compose import compose
+from crossguard.data.shards.build import build_shards
+
+HERE = Path(__file__).parent
+TIMES = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe, posts and shards."""
+    folder = tmp_path_factory.mktemp("job")
+    write_job(folder)
+    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    return folder
+
+
+def test_a_signal_to_one_rank_stops_all_after_one_step_and_changes_nothing(folder: Path) -> None:
+    """Each phase from training over evaluation to saving; the signals of the first case of each come at its very start."""
+    printed = run_ranks(2, HERE / "rank_preemption.py", str(folder), str(TIMES), "0")
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(found) == len(PHASES) * TIMES
+    for case in found:
+        assert None not in case["stopped"], case
+        assert len(set(case["stopped"])) == 1, case
+        assert case["ended"], case
+        assert case["equal"], case

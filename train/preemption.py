@@ -1,0 +1,49 @@
+"""What a rank does when it is asked to make room (SIGTERM, SIGUSR1).
+
+As long as nothing would be lost, it ends at once. In between it only takes note: all ranks look at their notes together
+where they talk to each other anyway, so that they stop at one step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from crossguard.configs.errors import EXIT_PREEMPTED
+from crossguard.configs.preemption import on_preemption
+
+
+class _Rank:
+    """This process: signals are the process's, so is this."""
+
+    asked: signal.Signals | None = None
+    holding = False
+
+
+def heeding() -> AbstractContextManager[None]:
+    """Inside, the signals do what this module says."""
+    return on_preemption(_receive)
+
+
+@contextmanager
+def holding() -> Iterator[None]:
+    """Inside, something would be lost, or other ranks be left waiting: signals are only noted, see `asked`."""
+    before, _Rank.holding = _Rank.holding, True
+    try:
+        yield
+    finally:
+        _Rank.holding = before
+
+
+def asked() -> bool:
+    """Whether this rank was asked to stop."""
+    return _Rank.asked is not None
+
+
+def _receive(sent: signal.Signals) -> None:
+    # A second signal must not cut short what the first one has set going.
+    if _Rank.asked is None and not _Rank.holding:
+        os._exit(EXIT_PREEMPTED)
+    _Rank.asked = sent
