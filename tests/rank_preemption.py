@@ -25,6 +25,7 @@ from crossguard.configs.parent_death import die_with_parent
 from crossguard.train import preemption, watchdog
 from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
+from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.metrics_log import metrics_file, samples_file
 from crossguard.train.ranks import Ranks, end_process, init_ranks
 from crossguard.train.training import run_training
@@ -36,7 +37,7 @@ SETTINGS = [
     *("checkpoint.every_steps=3", "train.num_workers=0"),
 ]
 # Phase -> how often a run of one rank enters it.
-PHASES = {"data": 8, "forward": 16, "backward": 16, "step": 8, "evaluation": 10, "save": 3}
+PHASES = {"data": 8, "forward": 16, "backward": 16, "step": 8, "evaluation": 10, "save": 4}
 
 
 @contextmanager
@@ -70,6 +71,27 @@ def train(folder: Path, run_dir: str, ranks: Ranks) -> int | None:
     return None
 
 
+def evaluate(folder: Path, ranks: Ranks) -> str | None:
+    """The report's figures, or None when the evaluate stage was stopped."""
+    preemption._Rank.asked = None
+    try:
+        run_evaluation(compose(arguments(folder, "whole", *SETTINGS)), ranks)
+    except Preempted:
+        return None
+    return (folder / "whole" / "report" / "metrics.json").read_text() if ranks.is_first else ""
+
+
+def evaluation_cases(folder: Path, ranks: Ranks, times: int) -> None:
+    """The same with the evaluate stage, which is done anew after it was stopped."""
+    whole = evaluate(folder, ranks)
+    for number in range(1, times + 1):
+        with struck("evaluation", number, 0) if ranks.rank == number % 2 else struck("", 0, 0):
+            stopped = ranks.gather(evaluate(folder, ranks) is None)
+        again = evaluate(folder, ranks)
+        if ranks.is_first:
+            print(json.dumps({"phase": "stage=evaluate", "stopped": stopped, "equal": again == whole}), flush=True)
+
+
 def results(run_dir: Path, ranks: Ranks) -> tuple[Any, ...]:
     """What must not depend on whether a run was stopped: the metrics of every step and evaluation, samples, weights."""
     timed = {"samples_per_second", "data_wait", "memory_mb"}
@@ -99,6 +121,7 @@ def main(folder: Path, times: int, spread: float) -> None:
     ranks = init_ranks()
     train(folder, "whole", ranks)
     whole = results(folder / "whole", ranks)
+    evaluation_cases(folder, ranks, times)
     for phase, number, rank, delay in cases(times, random.Random(0), spread):
         run_dir = f"{phase}-{number}-{rank}-{delay}"
         with struck(phase, number, delay) if ranks.rank == rank else struck("", 0, 0):
@@ -107,7 +130,13 @@ def main(folder: Path, times: int, spread: float) -> None:
             ranks.gather(threading.Event().wait(spread))  # A signal that came too late is not one for the next run.
         at = ranks.gather(stopped)
         went_on = ranks.gather(train(folder, run_dir, ranks)) if stopped is not None else [None]
-        found = {"phase": phase, "number": number, "rank": rank, "stopped": at, "ended": went_on == [None] * len(went_on)}
+        found = {
+            "phase": phase,
+            "number": number,
+            "rank": rank,
+            "stopped": at,
+            "ended": went_on == [None] * len(went_on),
+        }
         found["equal"] = equal(results(folder / run_dir, ranks), whole)
         if ranks.is_first:
             print(json.dumps(found), flush=True)

@@ -54,7 +54,9 @@ def _outcome(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED  # The launcher, which got the same Ctrl-C, says so.
     except Exception as error:
-        _say(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''} (see logs/)")
+        what = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        lost = isinstance(error, RuntimeError) and "/gloo/transport/" in what
+        _say("lost contact with another rank (see logs/)" if lost else f"{type(error).__name__}: {what} (see logs/)")
         return EXIT_FAILED
     return 0
 

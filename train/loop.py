@@ -137,13 +137,14 @@ class TrainLoop:
             engine.backward(loss)
             total += loss.detach()
 
-        watchdog.phase("step")
+        watchdog.phase("waiting for the other ranks")
         global_loss = float(ranks.sum(total))
         # Before the update, so that the weights stay as they were.
         self._check_finite("loss", global_loss, step, batches)
         self.refusals.check(int(damaged))
         self._stop = bool(asked)
 
+        watchdog.phase("step")
         grad_norm = engine.step(lr)
         self._check_finite("gradient", grad_norm, step, batches)
         return StepResult(global_loss, grad_norm, lr)

@@ -120,8 +120,8 @@ def _store() -> dict[str, Any]:
         return {}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    listening = {} if rank else {"is_master": True, "master_listen_fd": int(descriptor)}
-    store = dist.TCPStore(address, port, world_size, timeout=TIMEOUT, **listening)
+    listening = None if rank else int(descriptor)
+    store = dist.TCPStore(address, port, world_size, rank == 0, TIMEOUT, master_listen_fd=listening)
     return {"store": store, "rank": rank, "world_size": world_size}
 
 

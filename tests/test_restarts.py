@@ -1,0 +1,120 @@
+"""One job of the local launcher that loses ranks in every way: it goes on until it is asked to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from rank_training import arguments, write_job
+
+from crossguard.configs.compose import compose
+from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
+from crossguard.data.shards.build import build_shards
+from crossguard.launchers.local import _outcome
+from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
+
+HERE = Path(__file__).parent
+SETTINGS = [
+    *("launcher.num_procs=2", "launcher.max_restarts=2", "launcher.elastic=true", "train.step_timeout=2"),
+    *("train.max_steps=1000000", "checkpoint.every_steps=2", "train.loss.name=failing_loss:loss"),
+]
+
+
+class Job:
+    """`crossguard train` in a process of its own."""
+
+    def __init__(self, folder: Path):
+        self.run_dir, self.said = folder / "run", folder / "said.txt"
+        environment = os.environ | {"HUNG_BEFORE": str(folder / "hung")}
+        line = ["crossguard", "train", *arguments(folder, "run", *SETTINGS)]
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(line, stdout=said, stderr=said, env=environment, cwd=HERE)
+
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def steps(self) -> int:
+        newest = latest_checkpoint(self.run_dir)
+        return step_of(newest) if newest else 0
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < deadline, self.said.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Rank 1 has hung, then on its second start was killed, then the launcher was asked to stop."""
+    folder = tmp_path_factory.mktemp("job")
+    write_job(folder)
+    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    job = Job(folder)
+    try:
+        job.wait(lambda: "restart 1 of 2 on 2 ranks" in job.said.read_text())
+        before = job.steps()
+        job.wait(lambda: job.steps() > before + 2)
+        job.ranks()[1].kill()
+        job.wait(lambda: "restart 2 of 2 on 1 ranks" in job.said.read_text())
+        before = job.steps()
+        job.wait(lambda: job.steps() > before + 2)
+        job.process.send_signal(signal.SIGUSR1)
+        job.process.wait(60)
+    finally:
+        job.process.kill()
+    return job
+
+
+def test_a_hanging_rank_says_where_and_is_started_again(job: Job) -> None:
+    said = job.said.read_text()
+    assert "crossguard: rank 1: hangs in 'forward' for more than 2 s (train.step_timeout)" in said
+    assert "crossguard: rank 0: hangs in 'waiting for the other ranks'" in said
+    assert "rank 1 was ended by SIGALRM (it hung)" in said
+    assert "in hang_for_good" in (job.run_dir / "logs" / "rank-00001.log").read_text()
+
+
+def test_a_killed_rank_is_named_and_the_job_goes_on_with_fewer(job: Job) -> None:
+    said = job.said.read_text()
+    assert "crossguard: rank 1 was ended by SIGKILL (is memory short?); restart 2 of 2 on 1 ranks" in said
+    assert said.count("train: going on after step") == 2
+    assert "Traceback" not in said
+
+
+def test_the_launcher_passes_on_a_request_to_stop(job: Job) -> None:
+    assert job.process.returncode == EXIT_PREEMPTED
+    said = job.said.read_text()
+    assert f"crossguard: train: stopped after step {job.steps()}, which is saved; start again" in said
+    assert said.endswith("crossguard: preempted; start again and it goes on where it stopped\n")
+    lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, job.steps() + 1))
+
+
+@pytest.mark.parametrize(
+    ("ended", "asked", "outcome"),
+    [
+        ({0: 0, 1: 0}, False, None),
+        ({0: 0, 1: 0}, True, Preempted),
+        ({1: EXIT_PREEMPTED}, False, Preempted),
+        ({0: EXIT_FAILED, 1: EXIT_PREEMPTED}, False, Preempted),
+        ({1: -signal.SIGTERM}, False, Preempted),
+        ({1: -signal.SIGKILL}, True, Preempted),
+        ({0: EXIT_USER_ERROR, 1: EXIT_FAILED}, False, UserError),
+        ({0: EXIT_FAILED, 1: EXIT_FAILED}, False, JobError),
+        ({0: EXIT_FAILED}, True, JobError),
+    ],
+)
+def test_what_the_ends_of_ranks_mean(ended: dict[int, int], asked: bool, outcome: type[Exception] | None) -> None:
+    if outcome is None:
+        assert _outcome(ended, asked) == ""
+    else:
+        with pytest.raises(outcome):
+            _outcome(ended, asked)
