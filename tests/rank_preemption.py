@@ -92,13 +92,13 @@ def evaluation_cases(folder: Path, ranks: Ranks, times: int) -> None:
             print(json.dumps({"phase": "stage=evaluate", "stopped": stopped, "equal": again == whole}), flush=True)
 
 
-def results(run_dir: Path, ranks: Ranks) -> tuple[Any, ...]:
+def results(run_dir: Path, num_ranks: int, last: int) -> tuple[Any, ...]:
     """What must not depend on whether a run was stopped: the metrics of every step and evaluation, samples, weights."""
     timed = {"samples_per_second", "data_wait", "memory_mb"}
     lines = [json.loads(line) for line in metrics_file(run_dir).read_text().splitlines()]
     metrics = [{name: value for name, value in line.items() if name not in timed} for line in lines]
-    samples = [samples_file(run_dir, rank).read_text() for rank in range(ranks.world_size)]
-    return metrics, samples, load_weights(run_dir / "checkpoints" / f"step-{STEPS:08d}")
+    samples = [samples_file(run_dir, rank).read_text() for rank in range(num_ranks)]
+    return metrics, samples, load_weights(run_dir / "checkpoints" / f"step-{last:08d}")
 
 
 def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -120,7 +120,7 @@ def main(folder: Path, times: int, spread: float) -> None:
     die_with_parent()
     ranks = init_ranks()
     train(folder, "whole", ranks)
-    whole = results(folder / "whole", ranks)
+    whole = results(folder / "whole", ranks.world_size, STEPS)
     evaluation_cases(folder, ranks, times)
     for phase, number, rank, delay in cases(times, random.Random(0), spread):
         run_dir = f"{phase}-{number}-{rank}-{delay}"
@@ -137,12 +137,12 @@ def main(folder: Path, times: int, spread: float) -> None:
             "stopped": at,
             "ended": went_on == [None] * len(went_on),
         }
-        found["equal"] = equal(results(folder / run_dir, ranks), whole)
+        found["equal"] = equal(results(folder / run_dir, ranks.world_size, STEPS), whole)
         if ranks.is_first:
             print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    with preemption.heeding():
+    with preemption.heeding(), preemption.holding():  # A signal that comes late must not end this process.
         main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
     end_process(0)
