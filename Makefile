@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint bench constraints clean
+.PHONY: setup demo test soak lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,15 @@ demo: setup
 
 test: setup lint
 	$(BIN)/pytest
+
+# The long forms of what `make test` does briefly: about an hour on two cores. What they trained stays in runs/soak.
+soak: export OMP_NUM_THREADS := 1
+soak: export DS_ACCELERATOR := cpu
+soak: export PYTHONPATH := $(CURDIR)/tests
+soak: setup
+	rm -rf runs/soak
+	$(BIN)/python tests/soak/stops.py runs/soak/stops --times 10
+	$(BIN)/python tests/soak/kills.py runs/soak/kills --kills 50
 
 lint: setup
 	$(BIN)/ruff check .
