@@ -93,11 +93,7 @@ class TrainLoop:
         """
         state, speak = self.state, self.engine.ranks.is_first
         self.engine.train()
-        with (
-            preemption.holding(),
-            watchdog.resting_after(),
-            progress("train", self.last_step, "steps", done=state.step, speak=speak) as shown,
-        ):
+        with progress("train", self.last_step, "steps", done=state.step, speak=speak) as shown:
             if state.evaluation_due:
                 self._evaluate_and_save(saved=True)
             batches_of_steps = iter(self.loader)

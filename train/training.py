@@ -13,7 +13,7 @@ from crossguard.configs.schema import Config
 from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.refused import FILE_NAME, Refused
-from crossguard.train import checkpoint_folder
+from crossguard.train import checkpoint_folder, preemption, watchdog
 from crossguard.train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from crossguard.train.engine import Engine
 from crossguard.train.inputs import Inputs, open_inputs
@@ -83,7 +83,12 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         attached = {FILE_NAME: inputs.refused.encode()}
         save_checkpoint(run_dir, engine, about, attached, keep_last=config.checkpoint.keep_last, best=best)
 
-    with StepLog(run_dir, config.train, ranks, tracker) as log, contextlib.closing(refusals):
+    with (
+        preemption.holding(),
+        StepLog(run_dir, config.train, ranks, tracker) as log,
+        contextlib.closing(refusals),
+        watchdog.resting_after(),
+    ):
         refusals.open(state.step + 1)
         loader = TrainLoader(
             inputs.reader,
