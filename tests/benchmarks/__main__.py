@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
+import checkpoint
 import loading
 import memory
 import resume
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    reached = [benchmark.main() for benchmark in (memory, resume, loading)]
+    reached = [benchmark.main() for benchmark in (memory, resume, loading, checkpoint)]
     sys.exit(not all(reached))
