@@ -7,9 +7,10 @@ import sys
 
 import loading
 import memory
+import plan
 import resume
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    reached = [benchmark.main() for benchmark in (memory, resume, loading)]
+    reached = [benchmark.main() for benchmark in (memory, resume, loading, plan)]
     sys.exit(not all(reached))
