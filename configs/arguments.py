@@ -72,6 +72,8 @@ def _accepted(argument: str) -> str:
         hint = f"; did you mean recipe={argument}?" if argument.endswith((".yaml", ".yml")) else ""
         raise UserError(f"{argument}: not key=value{hint}")
     name = key.lstrip("+")
+    if name == "cluster.gpu":  # A kind of GPU is a file of the group, with all that is known about it.
+        name = "cluster"
     if name in GROUPS:
         return f"{name}='{value.strip(chr(39) + chr(34))}'"
     try:

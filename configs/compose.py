@@ -57,6 +57,11 @@ def composition(argv: list[str]) -> Composition:
     plain.recipe = recipe_file.stem
     plain.run_dir = plain.run_dir or f"runs/{recipe_file.stem}"
     config = to_schema(plain)
+    if config.cluster.gpu != choices["cluster"]:
+        raise UserError(
+            f"cluster.gpu={config.cluster.gpu}: the figures are those of '{choices['cluster']}'; choose the file,"
+            f" in a recipe with `defaults: - override /cluster: {config.cluster.gpu}`"
+        )
     _find_own_parts(config)
     _check_model(config)
     return Composition(config, arguments, recipe_file, choices)

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "build.num_workers",
     "build.ray_address",
     "checkpoint",
+    "cluster",
     "data.cache",
     "data.mixing.datasets",
     "data.path",

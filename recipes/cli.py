@@ -28,6 +28,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "bundle=DIR data.path=POSTS [output=predictions.parquet]",
         "score posts with a bundle",
     ),
+    "plan": (
+        commands.plan,
+        "recipe=NAME [cluster.gpu=NAME] [cluster.nodes=N] [cluster.gpus_per_node=N] [key=value …] [--json]",
+        "memory, micro-batch and time under each ZeRO stage, before anything runs",
+    ),
     "shards": (
         commands.shards,
         "verify SHARDS | stats SHARDS | preview recipe=NAME step=N [key=value …] | exposure SAMPLE_ID run_dir=DIR",

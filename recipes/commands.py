@@ -53,6 +53,13 @@ def predict(argv: list[str]) -> None:
     predict_posts(argv)
 
 
+def plan(argv: list[str]) -> None:
+    """Memory, batch and time of a job, before anything runs."""
+    from crossguard.recipes.planning import plan_job
+
+    plan_job(argv)
+
+
 def shards(argv: list[str]) -> None:
     """Tools for shards."""
     from crossguard.recipes.shard_tools import shards as use_tool

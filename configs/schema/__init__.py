@@ -10,6 +10,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema.build import BuildConfig
 from crossguard.configs.schema.checkpoint import CheckpointConfig
 from crossguard.configs.schema.checks import at_least
+from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.configs.schema.data import DataConfig
 from crossguard.configs.schema.evaluation import EvaluationConfig, check_metric
 from crossguard.configs.schema.launcher import LauncherConfig
@@ -50,6 +51,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Where ranks run.
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    # The machines to plan for.
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # Experiment tracking.
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     # Measuring.
@@ -77,6 +80,7 @@ class Config:
 __all__ = [
     "BuildConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",

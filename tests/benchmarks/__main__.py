@@ -9,9 +9,10 @@ import checkpoint
 import loading
 import memory
 import order
+import plan
 import resume
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    reached = [benchmark.main() for benchmark in (memory, order, resume, loading, checkpoint)]
+    reached = [benchmark.main() for benchmark in (memory, order, resume, loading, checkpoint, plan)]
     sys.exit(not all(reached))

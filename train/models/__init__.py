@@ -27,7 +27,7 @@ def build_model(config: ModelConfig, taxonomy: Taxonomy, tokenizer: Tokenizer, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(config, len(taxonomy.names), tokenizer.vocab_size, tokenizer.pad_id, seed)
-    _freeze_unused(model, _example(config, len(taxonomy.names), tokenizer.pad_id))
+    freeze_unused(model, _example(config, len(taxonomy.names), tokenizer.pad_id))
     return model
 
 
@@ -42,7 +42,8 @@ def without_pretrained(config: ModelConfig, model: Classifier) -> ModelConfig:
     return replace(config, **changed)
 
 
-def _freeze_unused(model: nn.Module, example: Batch) -> None:
+def freeze_unused(model: nn.Module, example: Batch) -> None:
+    """Switch off training of the parameters that take no part in the logits of `example`."""
     model.eval()
     model(example).sum().backward()
     for parameter in model.parameters():
@@ -70,4 +71,4 @@ def _example(config: ModelConfig, num_policies: int, pad_id: int) -> Batch:
     )
 
 
-__all__ = ["Classifier", "build_model", "without_pretrained"]
+__all__ = ["Classifier", "build_model", "freeze_unused", "without_pretrained"]

@@ -88,10 +88,31 @@ def new_encoder(values: dict[str, Any], defaults: dict[str, Any], role: Role) ->
 
 def encoder_config(encoder: PreTrainedModel) -> dict[str, Any]:
     """What `new_encoder` needs to build the same architecture without a hub."""
+    return _as_values(encoder.config)
+
+
+def pretrained_config(name: str, role: Role) -> dict[str, Any]:
+    """What `new_encoder` needs to build the architecture of a pretrained encoder; its weights are not looked at.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return _as_values(_tower_config(AutoConfig.from_pretrained(name), role))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.{role}.pretrained={name}: neither a folder with a model nor one that the hub has "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _as_values(config: Any) -> dict[str, Any]:
     # Files on the hub also hold settings of tools that nobody reads here; new_encoder would refuse them.
-    standard = type(encoder.config)()
-    values = {name: value for name, value in encoder.config.to_dict().items() if hasattr(standard, name)}
-    return {**values, "model_type": encoder.config.model_type}
+    standard = type(config)()
+    values = {name: value for name, value in config.to_dict().items() if hasattr(standard, name)}
+    return {**values, "model_type": config.model_type}
 
 
 def _reads_by_name(config: PreTrainedConfig, name: str) -> bool:

@@ -1,0 +1,55 @@
+"""The machines that a job is planned for: how many, and what their GPUs can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crossguard.configs.schema.checks import above, at_least
+
+# Ranks that run on the cores of a machine, without GPUs.
+CPU = "cpu"
+
+
+@dataclass
+class ClusterConfig:
+    """Read by `crossguard plan` alone; `cluster=NAME` chooses the kind of GPU, and `cluster.gpu=NAME` says the same."""
+
+    # The kind of GPU: the name of a file in configs/cluster/, of the package or of the working directory.
+    gpu: str = CPU
+    # Machines.
+    nodes: int = 1
+    # GPUs, and so ranks, of a machine; by default launcher.num_procs, or one.
+    gpus_per_node: int | None = None
+    # Memory of a GPU in GiB; by default (on CPU) a rank's share of this machine's memory.
+    memory_gib: float | None = None
+    # Of it, what the driver, NCCL and the allocator's gaps take, in GiB.
+    reserved_gib: float = 0.0
+    # Peak of fp32 matrix products, in 1e12 operations a second.
+    fp32_tflops: float = 1.0
+    # Peak of bf16 matrix products without sparsity, in 1e12 operations a second.
+    bf16_tflops: float = 1.0
+    # Bandwidth of a GPU's memory, in 1e9 bytes a second.
+    memory_gb_per_s: float = 1.0
+    # What a GPU sends to the others of its machine, in 1e9 bytes a second and one direction.
+    intra_node_gb_per_s: float = 1.0
+    # A GPU's share of what its machine sends to others, in 1e9 bytes a second and one direction.
+    inter_node_gb_per_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least("cluster.nodes", self.nodes, 1)
+        at_least("cluster.gpus_per_node", self.gpus_per_node, 1)
+        at_least("cluster.reserved_gib", self.reserved_gib, 0)
+        above("cluster.memory_gib", self.memory_gib, self.reserved_gib)
+        for name in (
+            "fp32_tflops",
+            "bf16_tflops",
+            "memory_gb_per_s",
+            "intra_node_gb_per_s",
+            "inter_node_gb_per_s",
+        ):
+            above(f"cluster.{name}", getattr(self, name), 0)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether ranks run on GPUs."""
+        return self.gpu != CPU

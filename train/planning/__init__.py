@@ -1,0 +1,1 @@
+"""What a job would need, before anything runs: memory, communication and time, computed from shapes alone."""
