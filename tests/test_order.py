@@ -12,6 +12,7 @@ from orders import fresh, mixed_config, orders, plain_order, skewed_layout
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.mixing import MixingConfig
+from crossguard.data.loading.length_batches import MAX_WINDOW, batches_to_sort
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.permutation import SMALL, Permutation, derive_key
 
@@ -111,6 +112,16 @@ def test_epochs_and_seeds_differ() -> None:
         assert len({tuple(epoch(seed, number, lengths)) for seed in (0, 1) for number in (0, 1)}) == 4
 
 
+def test_no_more_is_sorted_than_little_padding_needs() -> None:
+    """So that batches stay as mixed as they can be."""
+    alike, less_so = (np.random.default_rng(0).integers(30, longest, 50_000) for longest in (33, 60))
+    assert batches_to_sort(np.full(1000, 7), 64) == batches_to_sort(np.zeros(1000, dtype=np.int64), 64) == 1
+    assert batches_to_sort(alike, 64) == 1
+    assert 1 < batches_to_sort(less_so, 64) <= 8
+    assert batches_to_sort(skewed_lengths(50_000), 64) >= 64
+    assert batches_to_sort(skewed_lengths(50), 64) == MAX_WINDOW
+
+
 @pytest.mark.parametrize(("batch_size", "ranks", "micro"), [(64, 2, 32), (256, 8, 32), (32, 4, 8)])
 def test_little_padding_and_ranks_in_balance(batch_size: int, ranks: int, micro: int) -> None:
     lengths = skewed_lengths(50_000)
@@ -118,9 +129,9 @@ def test_little_padding_and_ranks_in_balance(batch_size: int, ranks: int, micro:
     steps = len(lengths) // batch_size
     taken = np.stack([lengths[order.rows(step)] for step in range(1, steps + 1)]).reshape(steps, ranks, -1, micro)
     padded = taken.max(axis=-1) * micro
-    assert 1 - taken.sum() / padded.sum() < 0.04
+    assert 1 - taken.sum() / padded.sum() < 0.05
     by_rank = padded.sum(axis=-1)
-    assert by_rank.max(axis=1).sum() / by_rank.mean(axis=1).sum() < 1.06
+    assert by_rank.max(axis=1).sum() / by_rank.mean(axis=1).sum() < 1.12
 
 
 @settings(deadline=None)

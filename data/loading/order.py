@@ -19,16 +19,15 @@ import numpy as np
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.mixing import MixingConfig
-from crossguard.data.loading.length_batches import plan_by_length
+from crossguard.data.loading.length_batches import MAX_WINDOW, batches_to_sort, plan_by_length
 from crossguard.data.loading.mixing import Mixing, Phase, cycle_quotas, temperature_shares
 from crossguard.data.loading.redirects import Redirects
 from crossguard.data.loading.strata import Layout
 from crossguard.data.loading.windows import WindowedShuffle
 
 STATE_FORMAT = 2
-# Batches planned together by length. On log-normal lengths (sigma .6 to 1) 128 leave 2 % padding, 32 leave 6 %.
-WINDOW_BATCHES = 128
-# Even where a small group comes round more often than that: its repeated posts, being of one length, share batches.
+# Batches planned together by length. The posts of a small group come round in fewer; being of one length, the repeated
+# ones share batches, so that the window is shortened, but not below this.
 MIN_WINDOW_BATCHES = 32
 # What the parts of the state are called where the user sets them.
 STATE_NAMES = {
@@ -103,7 +102,8 @@ class SampleOrder:
         self.redirects = Redirects.of(
             layout.strata, seed, np.asarray([] if refused is None else refused, dtype=np.int64)
         )
-        self.window_batches = max(MIN_WINDOW_BATCHES, min(WINDOW_BATCHES, self._shortest_epoch() // batch_size))
+        wanted = MAX_WINDOW if lengths is None else batches_to_sort(lengths, batch_size)
+        self.window_batches = min(wanted, max(MIN_WINDOW_BATCHES, self._shortest_epoch() // batch_size))
         # The window that was used last: as it is planned, and with its redirects.
         self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
         self._resolved: tuple[int, np.ndarray] | None = None
