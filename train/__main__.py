@@ -97,7 +97,7 @@ def _say(message: str) -> None:
     launcher ends this process before its turn comes."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        if preemption.asked():  # It has tried to.
+        if preemption.asked():  # The launcher is ending the job: what went wrong has been said.
             return
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"

@@ -73,7 +73,8 @@ class Start:
 
     def kill(self, rank: int) -> None:
         """SIGKILL."""
-        os.kill(self.pids[rank], signal.SIGKILL)
+        if rank not in self.statuses:
+            os.kill(self.pids[rank], signal.SIGKILL)
 
 
 def _fork(argv: list[str], rank: int, world_size: int, port: int) -> int:
@@ -95,11 +96,15 @@ def survive(folder: Path, run_dir: str, kills: int, changing: bool, draw: random
         started += 1
         job = Start([*arguments(folder, run_dir, *settings), "train.max_steps=100000", f"zero={stage}"], world_size)
         before = _step(folder / run_dir)
-        if not _at_work(job, folder / run_dir, before, draw):
+        starting = draw.random() < 0.2
+        if not _at_work(job, folder / run_dir, None if starting else before, draw):
             raise SystemExit(f"a start ended by itself: {job.statuses}; see {folder / run_dir}/logs")
         saving += any((folder / run_dir / "checkpoints").glob(".staging-*"))
         killed, since = draw.randrange(world_size), time.monotonic()
         job.kill(killed)
+        if starting:  # Where ranks wait for others to come, it is the launcher that ends them.
+            for rank in range(world_size):
+                job.kill(rank)
         if not job.wait(SECONDS_TO_END):
             raise SystemExit(f"rank {killed} was killed {SECONDS_TO_END} s ago, others live on")
         slowest = max(slowest, time.monotonic() - since)
@@ -116,9 +121,9 @@ def survive(folder: Path, run_dir: str, kills: int, changing: bool, draw: random
     return last
 
 
-def _at_work(job: Start, run_dir: Path, before: int, draw: random.Random) -> bool:
-    """Wait for a random moment: one in five while it starts, the others once it trains; False when it has ended."""
-    if draw.random() < 0.2:
+def _at_work(job: Start, run_dir: Path, before: int | None, draw: random.Random) -> bool:
+    """Wait for a random moment after a step later than `before` was saved, or of the start; False when it has ended."""
+    if before is None:
         return not job.wait(draw.uniform(0, 2))
     while _step(run_dir) == before:
         if job.wait(0.005):
