@@ -7,7 +7,8 @@ from pathlib import Path
 
 from crossguard.configs.errors import UserError
 from crossguard.recipes.job import Job
-from crossguard.train.checkpoint_folder import MANIFEST, best_checkpoint, latest_checkpoint
+from crossguard.train.checkpoint_folder import best_checkpoint, latest_checkpoint
+from crossguard.train.checkpoint_manifest import MANIFEST
 
 Hashes = dict[str, str]
 

@@ -7,7 +7,7 @@ from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain
 from crossguard.launchers import launch, num_procs
 from crossguard.recipes.job import Job
-from crossguard.train.checkpoint_folder import latest_checkpoint, read_state
+from crossguard.train.checkpoint_folder import checkpoint_folders, latest_checkpoint, read_state
 
 
 def build(job: Job) -> None:
@@ -83,7 +83,7 @@ def check_splits(job: Job, *, training: bool = False) -> None:
 
 
 def _need_checkpoint(job: Job, stage: str) -> None:
-    if latest_checkpoint(job.run_dir) is None:
+    if not checkpoint_folders(job.run_dir):
         raise UserError(
             f"{job.run_dir}: no checkpoint to {stage}; run `crossguard train` with the same arguments first"
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 from rank_models import TinyModel, batch_of_step, masked_sum, tiny_config
 
-from crossguard.train.checkpoint import load_checkpoint, save_checkpoint
+from crossguard.configs.parent_death import die_with_parent
+from crossguard.train.checkpoint import load_checkpoint
 from crossguard.train.checkpoint_folder import latest_checkpoint
+from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
 from crossguard.train.fragments import held_fragments
 from crossguard.train.ranks import Ranks, end_process, init_ranks
@@ -36,11 +39,21 @@ def train(engine: Engine, steps: range) -> list[float]:
 
 def save(engine: Engine, run_dir: Path, step: int) -> Path:
     """Save and say where."""
-    state = {"step": step, "config": {}, "stopped": None}
-    save_checkpoint(run_dir, engine, state, {}, keep_last=1)
+    with CheckpointSaver(run_dir, engine, keep_last=1) as saver:
+        saver.save(counts(step), {})
     newest = latest_checkpoint(run_dir)
     assert newest is not None
     return newest
+
+
+def counts(step: int) -> dict[str, object]:
+    """What the loop would count."""
+    return {"step": step, "config": {}}
+
+
+def checkpoint_of(root: Path, case: str) -> Path:
+    """The one that all of these jobs save."""
+    return root / case / "checkpoints" / "step-00000002"
 
 
 def held(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:
@@ -55,6 +68,7 @@ def same(one: dict[tuple[str, str, int], torch.Tensor], other: dict[tuple[str, s
 
 def main(folder: str) -> None:
     """Write what was found, by name of the check."""
+    die_with_parent()
     ranks, root, found = init_ranks(), Path(folder), {}
     for precision in ("fp32", "bf16"):
         for stage in range(4):
@@ -62,24 +76,32 @@ def main(folder: str) -> None:
             engine = new_engine(ranks, stage, precision)
             train(engine, range(1, 3))
             checkpoint = save(engine, root / case, 2)
-            losses = train(engine, range(3, 5))
+            with CheckpointSaver(root / f"{case}-async", engine, keep_last=2, in_background=True) as saver:
+                saver.save(counts(2), {})
+                losses = train(engine, range(3, 5))
+                saver.save(counts(4), {})
             resumed = new_engine(ranks, stage, precision, seed=9)
             load_checkpoint(checkpoint, resumed, seed=0)
             found[f"{case} same losses"] = train(resumed, range(3, 5)) == losses
             found[f"{case} same state"] = same(held(engine), held(resumed))
             engine.close()
             resumed.close()
-    for saved in (0, 1, 2, 3):
+    ranks.on_first((root / "saved").touch)
+    while not (root / "alone-done").exists():
+        time.sleep(0.1)
+    for saved in range(4):
+        engine = new_engine(ranks, (saved + 2) % 4, seed=9)
+        load_checkpoint(checkpoint_of(root, f"{saved}-alone"), engine, seed=0)
+        save(engine, root / f"{saved}-alone-2", 2)
+        engine.close()
+    for saved in range(4):
         for stage in range(4):
             other = new_engine(ranks, stage, seed=9)
-            load_checkpoint(root / f"fp32-{saved}" / "checkpoints" / "step-00000002", other, seed=0)
+            load_checkpoint(checkpoint_of(root, f"fp32-{saved}"), other, seed=0)
             save(other, root / f"{saved}-to-{stage}", 2)
             logits = other(batch_of_step(9)[0])
             found[f"{saved} to {stage} logits"] = float(logits.sum())
             other.close()
-    single = new_engine(ranks, 2, seed=9)
-    load_checkpoint(root / "alone" / "checkpoints" / "step-00000002", single, seed=0)
-    save(single, root / "alone-to-2", 2)
     answers = ranks.gather(found)
     if ranks.is_first:
         (root / "found.json").write_text(json.dumps(answers, indent=1))

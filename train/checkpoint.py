@@ -1,4 +1,4 @@
-"""Saving and restoring everything that a resumed run needs, in a format without ranks and without ZeRO stages.
+"""Restoring everything that a resumed run needs, from a format without ranks and without ZeRO stages.
 
 fragments-00000.safetensors   what each rank wrote: flat pieces of fp32 weights and AdamW's moments, by kind:start:name
 random-00000.json             the random generators of each rank
@@ -11,107 +11,104 @@ go on from any other. No pickle is written or read.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
-import shutil
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from crossguard.configs.errors import CrossguardError, JobError, UserError
-from crossguard.data.shards.files import sync, write_atomic
+from crossguard.configs.errors import CrossguardError, UserError
 from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_folder import best_or_latest
+from crossguard.train.checkpoint_manifest import DamagedCheckpoint, fragment_files, verify
 from crossguard.train.fragments import (
     WEIGHT,
     Fragment,
     held_fragments,
-    optimizer_steps,
-    owned_fragments,
+    model_fingerprint,
     refresh_weights,
     set_optimizer_steps,
     tensor_shapes,
 )
-from crossguard.train.random_state import random_state, seed_rank, set_random_state
+from crossguard.train.random_state import random_name, seed_rank, set_random_state
 from crossguard.train.ranks import Ranks
 
 if TYPE_CHECKING:  # load_weights must not cost the import of DeepSpeed.
     from crossguard.train.engine import Engine
 
-__all__ = ["best_or_latest", "load_checkpoint", "load_weights", "newest_valid", "save_checkpoint"]
-
-
-def save_checkpoint(
-    run_dir: Path,
-    engine: Engine,
-    state: dict[str, Any],
-    attached: Mapping[str, bytes],
-    *,
-    keep_last: int,
-    best: bool = False,
-) -> None:
-    """Save the state after step `state["step"]`; all ranks call it.
-
-    Args:
-        run_dir: the run directory.
-        engine: whose weights and moments are saved.
-        state: what the loop counts, as JSON; the same on every rank.
-        attached: further files, by name; the same on every rank.
-        keep_last: how many of the newest checkpoints stay.
-        best: this state's evaluation is the best so far.
-
-    Raises:
-        JobError: a rank could not write (a full disk); earlier checkpoints are untouched.
-    """
-    ranks = engine.ranks
-    staging: Path = ranks.on_first(lambda: folder.open_staging(run_dir, state["step"]))
-    error: Exception | None = None
-    entries: dict[str, Any] = {}
-    try:
-        entries = _write_rank(staging, engine)
-        if ranks.is_first:
-            about = {
-                "format": folder.FORMAT,
-                "world_size": ranks.world_size,
-                "zero_stage": engine.stage,
-                "optimizer_steps": optimizer_steps(engine),
-                "model": model_fingerprint(engine.model),
-                "shapes": tensor_shapes(engine.model),
-            }
-            for name, content in {folder.STATE: json.dumps(about | state).encode(), **attached}.items():
-                write_atomic(staging / name, content)
-                entries[name] = folder.file_entry(staging / name)
-    except (OSError, SafetensorError) as failed:
-        error = JobError(f"{staging}: rank {ranks.rank} cannot save ({failed}); free space, then start again to resume")
-    everyone = ranks.gather((error, entries))
-    failures = [failure for failure, _ in everyone if failure is not None]
-    if failures:
-        if ranks.is_first:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise failures[0]
-    files = {name: entry for _, written in everyone for name, entry in written.items()}
-    ranks.on_first(lambda: _commit(run_dir, staging, state["step"], files, keep_last, best))
+__all__ = ["best_or_latest", "best_valid", "load_checkpoint", "load_weights", "newest_valid"]
 
 
 def newest_valid(run_dir: Path, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from, verified by rank 0 and agreed on by all, or None in a fresh run directory.
+    """The newest checkpoint of which every file is whole, agreed on by all ranks, or None in a fresh run directory.
+
+    Damaged ones are named, and set aside once a whole one is found.
 
     Raises:
-        UserError: it is damaged; the message names the file.
+        UserError: none is whole; the message says what is wrong with each.
+    """
+    return _first_valid(run_dir, ranks, lambda: folder.checkpoint_folders(run_dir)[::-1])
+
+
+def best_valid(run_dir: Path, ranks: Ranks) -> Path:
+    """The checkpoint that is evaluated and exported: like `best_or_latest`, but every file of it is whole.
+
+    Raises:
+        UserError: there is no checkpoint, or none that is whole.
     """
 
-    def choose() -> Path | None:
-        newest = folder.latest_checkpoint(run_dir)
-        if newest is not None:
-            folder.verify(newest)
-        return newest
+    def candidates() -> list[Path]:
+        """What `best` names, then the others in the order in which they would follow it."""
+        named, others = folder.named_best(run_dir), folder.checkpoint_folders(run_dir)
+        others.sort(key=lambda path: (folder.was_best(path), folder.step_of(path)), reverse=True)
+        return list(dict.fromkeys([*([named] if named else []), *others]))
 
-    return ranks.on_first(choose)
+    return _first_valid(run_dir, ranks, candidates) or folder.best_or_latest(run_dir)
+
+
+def _first_valid(run_dir: Path, ranks: Ranks, candidates: Callable[[], list[Path]]) -> Path | None:
+    """The first of the candidates that is whole; each rank reads its share of the files."""
+    damaged: dict[Path, DamagedCheckpoint] = {}
+    every = ranks.on_first(candidates)
+    valid = None
+    for checkpoint in every:
+        problem = _damage(checkpoint, ranks)
+        if problem is None:
+            valid = checkpoint
+            break
+        damaged[checkpoint] = problem
+    if damaged and valid is None:
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: every checkpoint is damaged ({'; '.join(map(str, damaged.values()))}); put"
+            " back a copy of one that is not, or begin anew with train.restart=true"
+        )
+    for checkpoint, problem in damaged.items():
+        aside: Path = ranks.on_first(functools.partial(folder.set_aside, checkpoint))
+        warning = f"warning: {problem}; kept as {aside.name}, {valid and valid.name} is used instead"
+        logging.getLogger(__name__).warning(warning)
+        ranks.say(warning)
+    if damaged:
+        ranks.on_first(lambda: folder.point(run_dir))
+    return valid
+
+
+def _damage(checkpoint: Path, ranks: Ranks) -> DamagedCheckpoint | None:
+    """What the ranks together find damaged; the lowest rank's, when several do."""
+    damage: DamagedCheckpoint | None = None
+    refusal: UserError | None = None
+    try:
+        verify(checkpoint, ranks.rank, ranks.world_size)
+    except DamagedCheckpoint as error:
+        damage = error
+    except UserError as error:  # Of another version.
+        refusal = error
+    ranks.agree(refusal)
+    return next((found for found in ranks.gather(damage) if found is not None), None)
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, Any]:
@@ -134,7 +131,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
     error: Exception | None = None
     try:
         _fill(checkpoint, held_fragments(engine))
-        random_file = checkpoint / _random_name(ranks.rank)
+        random_file = checkpoint / random_name(ranks.rank)
         if random_file.is_file() and state["world_size"] == ranks.world_size:
             set_random_state(json.loads(random_file.read_text()))
         else:
@@ -142,7 +139,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
     except (CrossguardError, OSError) as failed:
         error = failed
     except SafetensorError as failed:
-        error = UserError(f"{checkpoint}: unreadable ({failed}); remove this checkpoint to use an older one")
+        error = UserError(f"{checkpoint}: unreadable ({failed}); start again to use an older one")
     ranks.agree(error)
     set_optimizer_steps(engine, state["optimizer_steps"])
     refresh_weights(engine)
@@ -150,12 +147,11 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter (fp32) and buffer of a checkpoint, whole, on the CPU; needs one process and no DeepSpeed.
+    """Every parameter (fp32) and buffer of a verified checkpoint, whole, on the CPU; needs no DeepSpeed.
 
     Raises:
-        UserError: the checkpoint is damaged or incomplete.
+        UserError: the checkpoint is incomplete.
     """
-    folder.verify(checkpoint)
     shapes: dict[str, list[int]] = folder.read_state(checkpoint)["shapes"]
     whole: dict[str, torch.Tensor] = {}
     seen: dict[str, int] = defaultdict(int)
@@ -170,38 +166,9 @@ def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: whole.get(name, torch.empty(shape)) for name, shape in shapes.items()}
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the names and shapes of all parameters and buffers."""
-    return hashlib.blake2b(json.dumps(tensor_shapes(model), sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _write_rank(staging: Path, engine: Engine) -> dict[str, Any]:
-    """Write this rank's files; name -> entry of the manifest."""
-    rank = engine.ranks.rank
-    fragments = staging / f"fragments-{rank:05d}.safetensors"
-    # Fragments are views of shared buffers, which safetensors refuses: each gets memory of its own.
-    save_file(
-        {f"{part.kind}:{part.start}:{part.name}": part.tensor.cpu().clone() for part in owned_fragments(engine)},
-        fragments,
-    )
-    sync(fragments)
-    write_atomic(staging / _random_name(rank), json.dumps(random_state()).encode())
-    return {file.name: folder.file_entry(file) for file in (fragments, staging / _random_name(rank))}
-
-
-def _commit(
-    run_dir: Path, staging: Path, step: int, files: dict[str, dict[str, Any]], keep_last: int, best: bool
-) -> None:
-    try:
-        folder.commit(staging, step, files, best=best)
-        folder.prune(run_dir, keep_last)
-    except OSError as failed:
-        raise JobError(f"{staging}: cannot finish the checkpoint ({failed}); start again to resume") from failed
-
-
 def _stored(checkpoint: Path, kinds: set[str]) -> Iterator[tuple[str, int, str, torch.Tensor]]:
     """(kind, start, name, elements) of everything stored of some kinds."""
-    for file in sorted(checkpoint.glob("fragments-*.safetensors")):
+    for file in fragment_files(checkpoint):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 kind, start, name = key.split(":", 2)
@@ -215,7 +182,7 @@ def _fill(checkpoint: Path, fragments: list[Fragment]) -> None:
     for fragment in fragments:
         wanted[fragment.kind, fragment.name].append(fragment)
     missing = sum(fragment.tensor.numel() for fragment in fragments)
-    for file in sorted(checkpoint.glob("fragments-*.safetensors")):
+    for file in fragment_files(checkpoint):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 kind, start, name = key.split(":", 2)
@@ -246,7 +213,3 @@ def _check_model(checkpoint: Path, state: dict[str, Any], engine: Engine) -> Non
         f"{checkpoint}: of another model: '{name}' is {then.get(name, 'absent')} there and {now.get(name, 'absent')} in"
         " this configuration; use the model it was trained with, or train.restart=true"
     )
-
-
-def _random_name(rank: int) -> str:
-    return f"random-{rank:05d}.json"

@@ -1,13 +1,13 @@
 """The folder `checkpoints/`: complete or absent, verified, retained by rule. Knows files, nothing of tensors.
 
-checkpoints/step-00000100/   manifest.json names every other file with its size and hash
-checkpoints/latest, best     a folder's name as text
-checkpoints/.staging-…       a save under way; what a killed save left is removed at the next start
+checkpoints/step-00000100/           manifest.json names every other file with its size and hash
+checkpoints/latest, best             a folder's name as text
+checkpoints/step-00000100.damaged/   was found damaged; never removed
+checkpoints/.staging-…               a save under way; what a killed save left is removed at the next start
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,29 +16,39 @@ from typing import Any
 
 from crossguard.configs.errors import UserError
 from crossguard.data.shards.files import sync, write_atomic
+from crossguard.train.checkpoint_manifest import DamagedCheckpoint, Entry, is_intact, read_manifest, write_manifest
 
-FORMAT = 2
 STAGING = ".staging-"
-MANIFEST = "manifest.json"
 STATE = "state.json"
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first."""
+    """The checkpoints of a run directory, oldest first, without those in which damage can be seen at once."""
+    return [path for path in checkpoint_folders(run_dir) if is_intact(path)]
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Every checkpoint of a run directory, damaged or not, oldest first."""
     folder = run_dir / "checkpoints"
     found = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and (path / MANIFEST).is_file())
+    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint, or None in a run directory without one."""
-    return max(checkpoints_of(run_dir), key=step_of, default=None)
+    return next(filter(is_intact, reversed(checkpoint_folders(run_dir))), None)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint whose evaluation was the best, or None when there was no evaluation."""
+    named = named_best(run_dir)
+    return named if named is not None and is_intact(named) else None
+
+
+def named_best(run_dir: Path) -> Path | None:
+    """The folder that `best` names, damaged or not, or None where there is none."""
     name = _pointer(run_dir, "best")
-    return run_dir / "checkpoints" / name if name and (run_dir / "checkpoints" / name / MANIFEST).is_file() else None
+    return next((path for path in checkpoint_folders(run_dir) if path.name == name), None)
 
 
 def best_or_latest(run_dir: Path) -> Path:
@@ -67,43 +77,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says about itself: step, position, configuration, shapes, evaluations.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or another version of crossguard wrote it.
     """
+    read_manifest(checkpoint)
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint / STATE}: unreadable ({error}); remove this checkpoint to use an older one"
-        ) from None
-    if state.get("format") != FORMAT:
-        raise UserError(
-            f"{checkpoint / STATE}: format {state.get('format')}, this version of crossguard reads {FORMAT}"
-        )
+        raise DamagedCheckpoint(f"{checkpoint / STATE}: unreadable ({error})") from None
     return state
-
-
-def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        UserError: names the first file that is missing, truncated or altered.
-    """
-    try:
-        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        files = {name: (int(entry["size"]), str(entry["blake2b"])) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint / MANIFEST}: unreadable ({error}); {_REMEDY}") from None
-    for name, (size, content) in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing; {_REMEDY}")
-        if file.stat().st_size != size:
-            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {size}; {_REMEDY}")
-        if digest(file) != content:
-            raise UserError(f"{file}: its content is not what the manifest says; {_REMEDY}")
-
-
-_REMEDY = "remove this checkpoint to use an older one, or set train.restart=true"
 
 
 def open_staging(run_dir: Path, step: int) -> Path:
@@ -120,11 +101,9 @@ def remove_staging(run_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def commit(staging: Path, step: int, files: dict[str, dict[str, Any]], *, best: bool) -> Path:
+def commit(staging: Path, step: int, files: dict[str, Entry], *, best: bool) -> Path:
     """Write the manifest and move the complete folder into place; then point `latest`, and `best`, to it."""
-    manifest = staging / MANIFEST
-    content = json.dumps({"format": FORMAT, "best": best, "files": dict(sorted(files.items()))}, indent=1)
-    write_atomic(manifest, content.encode())
+    write_manifest(staging, files, best=best)
     sync(staging)
     folder = staging.parent
     final = folder / folder_name(step)
@@ -142,7 +121,7 @@ def point(run_dir: Path) -> None:
     Done after every save, and at every start for a save that was killed before it came to this.
     """
     complete = checkpoints_of(run_dir)
-    best = [path for path in complete if _was_best(path)]
+    best = [path for path in complete if was_best(path)]
     for name, found in (("latest", complete), ("best", best)):
         pointer = run_dir / "checkpoints" / name
         if not found:
@@ -151,11 +130,23 @@ def point(run_dir: Path) -> None:
             write_atomic(pointer, found[-1].name.encode())
 
 
-def _was_best(checkpoint: Path) -> bool:
+def was_best(checkpoint: Path) -> bool:
+    """Whether its evaluation was the best so far when it was saved."""
     try:
-        return json.loads((checkpoint / MANIFEST).read_text()).get("best") is True
-    except (ValueError, AttributeError):
-        return False  # Damaged: whoever loads it is told.
+        return read_manifest(checkpoint)["best"] is True
+    except UserError:
+        return False  # Of another version: whoever loads it is told.
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which nothing looks for it, and say which; nothing of it is removed."""
+    number, aside = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    checkpoint.rename(aside)
+    sync(checkpoint.parent)
+    return aside
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -180,17 +171,6 @@ def move_aside(run_dir: Path) -> None:
 
 
 _MOVED = ("checkpoints", "metrics.jsonl", "samples", "wandb")
-
-
-def file_entry(file: Path) -> dict[str, Any]:
-    """A file's line in the manifest."""
-    return {"size": file.stat().st_size, "blake2b": digest(file)}
-
-
-def digest(file: Path) -> str:
-    """BLAKE2b (RFC 7693) of a file, 256 bits in hex."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def _pointer(run_dir: Path, name: str) -> str | None:

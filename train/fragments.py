@@ -7,6 +7,8 @@ DeepSpeed's public accessors gather whole tensors and fail with two parameter gr
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,6 +81,11 @@ def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
     """The whole shape of every parameter and persistent buffer, also where ZeRO-3 holds only a part."""
     shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in model.named_parameters()}
     return shapes | {name: list(buffer.shape) for name, buffer in persistent_buffers(model)}
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of the names and shapes of all parameters and buffers."""
+    return hashlib.blake2b(json.dumps(tensor_shapes(model), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

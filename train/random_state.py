@@ -17,6 +17,11 @@ def seed_rank(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
+def random_name(rank: int) -> str:
+    """The file of a checkpoint that holds a rank's generators."""
+    return f"random-{rank:05d}.json"
+
+
 def random_state() -> dict[str, Any]:
     """The generators' states: Python's, NumPy's, torch's on the CPU and on this rank's GPU."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

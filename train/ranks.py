@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -31,16 +31,24 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    # Their connections; None for those that everything shares.
+    group: Any = None
 
     @property
     def is_first(self) -> bool:
         """Rank 0 speaks on the terminal, writes the shared files and decides facts about the file system."""
         return self.rank == 0
 
+    def beside(self) -> Ranks:
+        """The same ranks over connections of their own, for a thread beside the one that trains; all ranks call it."""
+        if self.world_size == 1:
+            return self
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def gather(self, value: T) -> list[T]:
@@ -48,7 +56,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: T) -> T:
@@ -56,7 +64,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        dist.broadcast_object_list(values, src=0, device=self.device, group=self.group)
         return values[0]
 
     def on_first(self, act: Callable[[], T]) -> T:

@@ -14,7 +14,8 @@ from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.refused import FILE_NAME, Refused
 from crossguard.train import checkpoint_folder
-from crossguard.train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from crossguard.train.checkpoint import load_checkpoint, newest_valid
+from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
 from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
@@ -80,9 +81,12 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
             "tracker_run_id": tracker.run_id,
         }
         attached = {FILE_NAME: inputs.refused.encode()}
-        save_checkpoint(run_dir, engine, about, attached, keep_last=config.checkpoint.keep_last, best=best)
+        saver.save(about, attached, best=best)
 
-    with StepLog(run_dir, config.train, ranks, tracker) as log, contextlib.closing(refusals):
+    saver = CheckpointSaver(
+        run_dir, engine, keep_last=config.checkpoint.keep_last, in_background=config.checkpoint.async_save
+    )
+    with StepLog(run_dir, config.train, ranks, tracker) as log, contextlib.closing(refusals), saver:
         refusals.open(state.step + 1)
         loader = TrainLoader(
             inputs.reader,

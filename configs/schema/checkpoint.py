@@ -13,6 +13,8 @@ class CheckpointConfig:
 
     # Save every this many steps; 0 saves at the last step (and with each evaluation that is the best so far) alone.
     every_steps: int = 100
+    # Write in the background: training waits only while the state is copied to the host's memory, which must hold it.
+    async_save: bool = False
     # How many of the newest checkpoints are kept.
     keep_last: int = 2
     # The metric of the validation evaluation that names the best checkpoint, which is kept, evaluated and exported:

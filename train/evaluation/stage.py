@@ -18,7 +18,7 @@ from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.checkpoint import best_or_latest, load_weights
+from crossguard.train.checkpoint import best_or_latest, best_valid, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.metrics import evaluate_predictions
@@ -60,16 +60,16 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
     """
     run_dir = Path(config.run_dir)
     with run_lock(run_dir, ranks):
-        checkpoint = best_or_latest(run_dir)
+        checkpoint = best_valid(run_dir, ranks)
         check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
         posts = _open_posts(config, ranks)
-        scored = {MODEL: _score(run_dir, config.model, config, posts, ranks)}
+        scored = {MODEL: _score(run_dir, checkpoint, config.model, config, posts, ranks)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
         for folder in ablations:
             model = load_config(folder / "config.yaml").model
-            scored[folder.name] = _score(folder, model, config, posts, ranks)
+            scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, ranks)
         if ranks.is_first:
             _measure(run_dir, config, posts, scored, [folder.name for folder in ablations])
 
@@ -87,10 +87,11 @@ def _open_posts(config: Config, ranks: Ranks) -> Posts:
     return Posts(folder, taxonomy, readers, rows, splits)
 
 
-def _score(run_dir: Path, model_config: ModelConfig, config: Config, posts: Posts, ranks: Ranks) -> Scored:
-    """Predictions of the model in `run_dir` on every split; rank 0 writes them there."""
+def _score(
+    run_dir: Path, checkpoint: Path, model_config: ModelConfig, config: Config, posts: Posts, ranks: Ranks
+) -> Scored:
+    """Predictions of the checkpoint in `run_dir` on every split; rank 0 writes them there."""
     encode = PostEncoder(model_config, posts.taxonomy)
-    checkpoint = ranks.on_first(lambda: best_or_latest(run_dir))
     model = load_trained(model_config, encode, load_weights(checkpoint), checkpoint).to(ranks.device)
     refused: list[dict[str, Any]] = []
     scored = {}

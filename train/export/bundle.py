@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file, save_file
@@ -28,11 +29,12 @@ from crossguard.configs.saved import as_plain
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.checkpoint import best_or_latest, load_weights
+from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.export.card import model_card
 from crossguard.train.models import Classifier, without_pretrained
+from crossguard.train.ranks import Ranks
 from crossguard.train.tokenizers import BYTES, load_tokenizer
 from crossguard.train.trained import load_trained
 
@@ -83,7 +85,7 @@ def write_bundle(config: Config, run_dir: Path) -> Path:
 
 def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     encode = PostEncoder(config.model, Taxonomy.from_config(config.taxonomy))
-    checkpoint = best_or_latest(run_dir)
+    checkpoint = best_valid(run_dir, Ranks(0, 0, 1, torch.device("cpu")))
     check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
     weights = load_weights(checkpoint)
     model = load_trained(config.model, encode, weights, checkpoint)
