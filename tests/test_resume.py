@@ -149,6 +149,35 @@ def test_goes_on_with_one_rank_and_another_stage(finished: Path) -> None:
     assert all(ids[step] + other[step] == expected[step] for step in range(1, STEPS + 1))
 
 
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved in the background; the newest is altered, and the run goes on from the one before, each step once."""
+    settings = [
+        "train.max_steps=12",
+        "train.schedule_steps=12",
+        "checkpoint.every_steps=4",
+        "checkpoint.async_save=true",
+    ]
+    run_training(compose(arguments(folder, "undamaged", *settings)), alone())
+    run_training(compose(arguments(folder, "damaged", *settings, "train.max_steps=10")), alone())
+    run_dir = folder / "damaged"
+    assert {step_of(path) for path in checkpoints_of(run_dir)} == {8, 10}
+    file = run_dir / "checkpoints" / "step-00000010" / "fragments-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run_training(compose(arguments(folder, "damaged", *settings)), alone())
+    assert f"{file}: altered" in capsys.readouterr().err
+    assert results(run_dir) == results(folder / "undamaged")
+    assert steps_in(run_dir) == list(range(1, 13))
+    one, other = (load_weights(run / "checkpoints" / "step-00000012") for run in (run_dir, folder / "undamaged"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {
+        *("latest", "step-00000008", "step-00000010.damaged", "step-00000012")
+    }
+
+
 def test_a_finished_job_does_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "whole-0" / "metrics.jsonl").read_bytes()
     run_training(compose(arguments(finished, "whole-0", *MULTI)), alone())
