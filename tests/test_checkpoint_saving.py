@@ -31,6 +31,7 @@ from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
 from crossguard.train.fragment_file import write_tensors
 from crossguard.train.host_copy import HostCopy
+from crossguard.train.metrics_log import LineLog, cut_after
 
 HERE = Path(__file__).parent
 BOTH_WAYS = pytest.mark.parametrize("in_background", [False, True], ids=["in front", "in the background"])
@@ -82,6 +83,26 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, engine: Engine
     with CheckpointSaver(small_disk, engine, keep_last=3, in_background=in_background) as saver:
         saver.save(counts(2), {})
     assert names(small_disk) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_a_full_disk_is_named_by_the_line_that_it_refuses(small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(b"x" * (100 << 10))
+    log = LineLog(small_disk / "metrics.jsonl")
+    with pytest.raises(
+        JobError, match=rf"^{small_disk}/metrics\.jsonl: cannot write \(No space left on device\); free"
+    ):
+        write_lines(log)
+    log.close()
+    (small_disk / "other").unlink()
+    cut_after(small_disk, 10)
+    lines = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+
+
+def write_lines(log: LineLog) -> None:
+    """Far more than the disk takes."""
+    for step in range(1, 100):
+        log.write({"step": step, "ids": ["x" * 5000]})
 
 
 @BOTH_WAYS

@@ -9,6 +9,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from crossguard.configs.errors import JobError
+
 STAGING = ".staging-"
 
 
@@ -20,12 +22,24 @@ class LineLog:
         self._file: FileIO | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one object; the first makes the file. Floats keep every digit."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered and appending: a line of one process is not torn by one of another, nor lost with the process.
-            self._file = FileIO(self._path, "a")
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        """Append one object; the first makes the file. Floats keep every digit.
+
+        Raises:
+            JobError: the disk refuses (it is full).
+        """
+        content = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Unbuffered and appending: a line of one process is not torn by one of another, nor lost with it.
+                self._file = FileIO(self._path, "a")
+            while content:  # A disk that becomes full takes the beginning.
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise JobError(
+                f"{self._path}: cannot write ({error.strerror}); free space there, then start again to resume from the"
+                " last checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

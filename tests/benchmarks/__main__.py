@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import checkpoint
 import loading
 import memory
 import order
@@ -12,5 +13,5 @@ import resume
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    reached = [benchmark.main() for benchmark in (memory, order, resume, loading)]
+    reached = [benchmark.main() for benchmark in (memory, order, resume, loading, checkpoint)]
     sys.exit(not all(reached))
