@@ -86,12 +86,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, engine: Engine
 
 
 def test_a_full_disk_is_named_by_the_line_that_it_refuses(small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(b"x" * (100 << 10))
     log = LineLog(small_disk / "metrics.jsonl")
     with pytest.raises(
         JobError, match=rf"^{small_disk}/metrics\.jsonl: cannot write \(No space left on device\); free"
     ):
         write_lines(log)
     log.close()
+    (small_disk / "other").unlink()
     cut_after(small_disk, 10)
     lines = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
