@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from tiny_models import BERT, SIZE, TAXONOMY, VIT, model_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossguard.configs.compose import compose
@@ -23,10 +24,11 @@ from crossguard.configs.recipe_files import available_recipes
 from crossguard.configs.schema import Config, DataConfig, TaxonomyConfig, TrainConfig
 from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
+from crossguard.recipes.planning import as_table, plan_job
 from crossguard.train.models import build_model
 from crossguard.train.optimizer import freeze
-from crossguard.train.planning.memory import FP32, Case, Sizes, ZeroSettings, memory_of
-from crossguard.train.planning.plan import Way, make_plan, recommend
+from crossguard.train.planning.memory import Case, Memory, Sizes, ZeroSettings, memory_of, model_states
+from crossguard.train.planning.plan import Plan, Way, make_plan, recommend
 from crossguard.train.planning.roofline import StepTime, communication_bytes, step_time
 from crossguard.train.planning.shapes import Shapes, batch_of_shapes
 from crossguard.train.planning.trace import Operation, Trace, at_batch, block_of
@@ -55,8 +57,22 @@ def sizes(parameters: int, **values: int) -> Sizes:
 MODELS = {
     "both": model_config(),
     "text": replace(model_config(), modalities=["text"]),
-    "modernbert": model_config({"model_type": "modernbert", **{k: v for k, v in BERT.items() if "dropout" not in k and k != "model_type"}}),
-    "clip": model_config(image={"model_type": "clip", "vision_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8, "image_size": SIZE}}),
+    "modernbert": model_config(
+        {"model_type": "modernbert", **{k: v for k, v in BERT.items() if "dropout" not in k and k != "model_type"}}
+    ),
+    "clip": model_config(
+        image={
+            "model_type": "clip",
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "patch_size": 8,
+                "image_size": SIZE,
+            },
+        }
+    ),
     "convnext": model_config(image={"model_type": "convnext", "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}),
 }
 
@@ -89,20 +105,20 @@ def test_activations_and_operations_are_those_of_a_real_pass(name: str, precisio
             saved[block_of(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-        ):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batch)
+    # torch's counter knows no fused attention of CPUs, but the matrix products that it consists of.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with autocast:
             logits = model(batch)
         logits.sum().backward()
 
     planned = Shapes(config, 2).trace(6)
     assert planned.saved == pytest.approx(sum(saved.values()), rel=0.02)
-    # torch 2.13 does not count the fused attention of CPUs; ours is the count of the same matrix products.
-    assert planned.flops >= counter.get_total_flops()
-    assert planned.flops == pytest.approx(counter.get_total_flops(), rel=0.25)
     assert planned.activations >= planned.saved
+    # The fused backward pass computes scores once more: 7 products instead of 6.
+    assert counter.get_total_flops() <= planned.flops <= counter.get_total_flops() * 7 / 6
 
 
 def test_another_batch_is_on_the_line_through_two() -> None:
@@ -116,37 +132,36 @@ def test_another_batch_is_on_the_line_through_two() -> None:
 @pytest.mark.parametrize("ranks", [1, 8, 64])
 def test_model_states_are_those_of_deepspeed_s_estimators(ranks: int) -> None:
     count = 1_000_000_000
-    nothing = replace(ZeroSettings(), reduce_bucket=1, max_live=0)
 
     def states(stage: int) -> float:
-        memory = memory_of(Case(stage, "none", ranks, 2, False, False), sizes(count), nothing, Trace(1))
-        return 3 * FP32 * count / ranks + FP32 * count if stage == 2 else memory.weights + 2 * FP32 * count / ranks
+        return sum(model_states(Case(stage, "none", ranks, 1, False, False), sizes(count)).values())
 
     _, two = estimate_zero2_model_states_mem_needs(count, ranks, cpu_offload=False)
     _, three, _ = estimate_zero3_model_states_mem_needs(count, 0, ranks, cpu_offload=False)
-    gradients = FP32 * count / ranks
     # DeepSpeed counts 16-bit weights and gradients beside fp32 ones. Here all are fp32: whole weights take 2 bytes
     # more, and what is partitioned 2 bytes less, since there are no gradients of 16 bits.
-    assert states(2) + gradients == two + 2 * count - 2 * count / ranks
-    # Stage 3 updates the partition of the weights itself, without a master beside it.
-    assert states(3) + gradients == three - 2 * count / ranks
+    assert states(2) == two + 2 * count - 2 * count / ranks
+    # In stage 3 the partition of the weights is its own master: 4 bytes take the place of 6, in gradients too.
+    assert states(3) == three - 2 * count / ranks
+    if ranks == 1:
+        assert states(2) == 20 * count
+        assert states(0) == states(3) == 16 * count
 
 
 def test_stages_share_out_what_they_say() -> None:
     count, trace = 10_000_000_000, Trace(1, 1e9, 1e9)
-    memory = {
-        stage: memory_of(Case(stage, "none", 8, 4, True, False), sizes(count), ZeroSettings(), trace)
-        for stage in range(4)
-    }
-    assert memory[0].optimizer == 8 * count
-    assert memory[1].optimizer == memory[2].optimizer == 12 * count / 8
-    assert memory[3].optimizer == 8 * count / 8
-    assert memory[1].gradients == pytest.approx(4 * count, rel=0.06)
-    assert memory[2].gradients == memory[3].gradients == 4 * count / 8
-    assert memory[0].total > memory[1].total > memory[2].total
-    offloaded = memory_of(Case(2, "optimizer", 8, 4, True, False), sizes(count), ZeroSettings(), trace)
-    assert offloaded.optimizer == 0
-    assert offloaded.host >= 16 * count / 8
+
+    def memory(stage: int, offload: str = "none") -> Memory:
+        return memory_of(Case(stage, offload, 8, 4, True, False), sizes(count), ZeroSettings(), trace)
+
+    assert [memory(stage).optimizer for stage in range(3)] == [8 * count, 12 * count / 8, 12 * count / 8]
+    assert memory(1).gradients == pytest.approx(4 * count, rel=0.06)
+    assert memory(2).gradients == 4 * count / 8
+    assert memory(0).total > memory(1).total > memory(2).total > memory(3).total
+    # Before it is partitioned, the whole model is on the device.
+    assert memory(3).phase == "start"
+    assert memory(2, "optimizer").optimizer == 0
+    assert memory(2, "optimizer").host >= 16 * count / 8
 
 
 def test_buckets_are_those_of_the_configuration() -> None:
@@ -156,7 +171,8 @@ def test_buckets_are_those_of_the_configuration() -> None:
 
     # A bucket, and the copy of it that is reduced.
     assert buffers() == 2 * 4 * 500_000_000
-    assert buffers(reduce_bucket_size="5e7", allgather_bucket_size=0) == 2 * 4 * 50_000_000
+    assert buffers(reduce_bucket_size="5e8", allgather_bucket_size="1e8") == 2 * 4 * 500_000_000
+    assert buffers(reduce_bucket_size="5e7", allgather_bucket_size="1e9") == 4 * 1_000_000_000
     assert buffers(overlap_comm=True) == 3 * 4 * 500_000_000
 
 
@@ -195,21 +211,27 @@ def test_the_lowest_stage_that_fits_is_recommended() -> None:
     assert recommend([small]) is None
 
 
-def test_a_large_model_needs_a_higher_stage_and_one_too_large_fits_nowhere() -> None:
-    text = {"model_type": "bert", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 16384}
-    text |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+def test_less_memory_leads_to_a_higher_stage_or_a_smaller_pass_and_at_last_nowhere() -> None:
+    def planned(gib: float) -> Plan:
+        cluster = replace(H100, memory_gib=gib, reserved_gib=0.0)
+        config = config_of(None, cluster, batch_size=1024, micro_batch_size=2)
+        config.zero.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1, "allgather_bucket_size": 1}}
+        return make_plan(config)
 
-    def planned(layers: int) -> Any:
-        model = replace(model_config({**text, "num_hidden_layers": layers}), modalities=["text"])
-        return make_plan(config_of(model, H100, precision="bf16", batch_size=1024, micro_batch_size=16))
-
-    plan = planned(32)
-    assert plan.sizes.parameters > 6_000_000_000
-    assert plan.recommended.case.stage == 2
-    assert [way.fits for way in plan.ways[:3]] == [False, False, True]
-    assert plan.recommended.memory.total <= plan.available
-    assert plan.recommended.micro_batch_size == plan.recommended.largest_micro_batch_size == 16
-    assert planned(1600).recommended is None
+    ample = planned(80)
+    assert ample.recommended is not None
+    assert (ample.recommended.case.stage, ample.recommended.micro_batch_size) == (0, 16)
+    totals = [way.memory.total for way in ample.ways]
+    enough = min(totals[1:4])
+    assert enough < totals[0]
+    fitting = planned(enough / GIB)
+    assert fitting.recommended is not None
+    assert fitting.recommended.case.stage == totals.index(enough)
+    assert fitting.recommended.memory.total <= fitting.available
+    nowhere = planned(1e-5)
+    assert nowhere.recommended is None
+    assert "fits nowhere" in as_table(nowhere)
+    assert "train.precision=bf16" in as_table(nowhere)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -254,8 +276,6 @@ RECIPES = sorted(available_recipes())
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_shipped_recipe_can_be_planned_without_posts(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from crossguard.recipes.planning import plan_job
-
     plan_job([f"recipe={recipe}", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.gpu=a100-40gb"])
     printed = capsys.readouterr().out
     assert "2 x 8 a100-40gb" in printed
@@ -281,8 +301,12 @@ def test_a_wrong_configuration_is_told_before_torch_is_imported(arguments: list[
 
 def test_the_name_of_a_gpu_must_be_that_of_its_file(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("defaults: [override /model: small, override /taxonomy: stand_ins]\ndata: {source: synthetic}\ncluster: {gpu: h100-80gb}\n")
+    recipe.write_text(
+        "defaults: [override /model: small, override /taxonomy: stand_ins]\ndata: {source: synthetic}\ncluster: {gpu: h100-80gb}\n"
+    )
     with pytest.raises(UserError, match="override /cluster: h100-80gb"):
         compose([f"recipe={recipe}"])
-    recipe.write_text("defaults: [override /model: small, override /taxonomy: stand_ins, override /cluster: l4-24gb]\ndata: {source: synthetic}\n")
+    recipe.write_text(
+        "defaults: [override /model: small, override /taxonomy: stand_ins, override /cluster: l4-24gb]\ndata: {source: synthetic}\n"
+    )
     assert compose([f"recipe={recipe}"]).cluster.fp32_tflops == 30.3

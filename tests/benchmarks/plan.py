@@ -35,7 +35,7 @@ model:
       hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0, patch_size: 8}
     size: 64
   fusion: {width: 384, layers: 1}
-train: {batch_size: 16, micro_batch_size: 8}
+train: {batch_size: 16, micro_batch_size: 4}
 cluster: {gpus_per_node: 2}
 """
 
@@ -55,9 +55,13 @@ def main() -> bool:
                 name = f"zero={stage}, {precision}"
                 lines += [
                     Line(f"{name}: predicted against measured", way.memory.total / 1e9, measured / 1e9, None, "GB"),
-                    Line(f"{name}: the difference", abs(way.memory.total - measured) / 1e9, measured / 1e9, TARGET, "GB"),
+                    Line(
+                        f"{name}: the difference", abs(way.memory.total - measured) / 1e9, measured / 1e9, TARGET, "GB"
+                    ),
                 ]
-                print(f"{name}: {way.memory.total / 1e9:.2f} GB predicted, {measured / 1e9:.2f} GB measured", flush=True)
+                print(
+                    f"{name}: {way.memory.total / 1e9:.2f} GB predicted, {measured / 1e9:.2f} GB measured", flush=True
+                )
     return show("Planned memory of a rank, above what it takes after imports", lines)
 
 

@@ -47,9 +47,7 @@ def train(job: list[str]) -> None:
     """A few steps."""
     config = compose(job)
     taxonomy = Taxonomy.from_config(config.taxonomy)
-    micro_batch, accumulation = micro_batches(
-        config.train.batch_size, ranks.world_size, config.train.micro_batch_size
-    )
+    micro_batch, accumulation = micro_batches(config.train.batch_size, ranks.world_size, config.train.micro_batch_size)
     model = build_model(config.model, taxonomy, load_tokenizer(config.model.text), config.seed)
     engine = Engine(model, config, ranks, micro_batch)
     engine.train()

@@ -148,27 +148,42 @@ def memory_of(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) ->
     """The worst moment of a rank.
 
     On CPU, pages of a buffer that nothing was written to take no memory, and a freed block of the heap stays with the
-    process (glibc returns only its end): the heap counts with the most that it held at any moment.
+    process (glibc returns only its end): in a step the heap counts with the most that it holds at any moment of it.
+    Gaps between its blocks are not foreseen.
     """
     phases = (_stage_0, _stages_1_and_2, _stages_1_and_2, _stage_3)[case.stage](case, sizes, settings, trace)
     heap = {name: sum(term.heap for term in phase.values()) for name, phase in phases.items()}
-    most = max(heap.values()) if case.on_cpu else 0.0
+    most = max(size for name, size in heap.items() if name != "start")
 
-    def total(name: str) -> float:
-        live = sum(term.bytes for term in phases[name].values())
-        return live - heap[name] + most if case.on_cpu else live
+    def kept(name: str) -> float:
+        return most - heap[name] if case.on_cpu and name != "start" else 0.0
 
-    worst = max(phases, key=total)
+    worst = max(phases, key=lambda name: sum(term.bytes for term in phases[name].values()) + kept(name))
     terms = {name: phases[worst].get(name, Term(0.0)).bytes for name in ("weights", "optimizer", "gradients")}
     terms |= {name: phases[worst].get(name, Term(0.0)).bytes for name in ("buffers", "activations")}
-    kept = most - heap[worst] if case.on_cpu else 0.0
-    return Memory(**terms, kept=kept, host=_host(case, sizes), phase=worst)
+    return Memory(**terms, kept=kept(worst), host=_host(case, sizes), phase=worst)
+
+
+def model_states(case: Case, sizes: Sizes) -> dict[str, float]:
+    """Bytes of weights, optimizer (moments, and masters where they are apart) and gradients between two passes."""
+    whole, part = FP32 * sizes.trainable, FP32 * sizes.trainable / case.ranks
+    weights = FP32 * sizes.parameters
+    states = {
+        0: (weights, 2 * whole, whole),
+        # The partition of the flat weights is copied, although it is fp32 as well (single_partition_of_fp32_groups).
+        1: (weights, 3 * part, whole),
+        2: (weights, 3 * part, part),
+        # Here it is not (fp32_partitioned_groups_flat).
+        3: (weights / case.ranks + FP32 * sizes.persistent, 2 * part, part),
+    }[case.stage]
+    return dict(zip(("weights", "optimizer", "gradients"), states, strict=True))
 
 
 def _stage_0(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) -> dict[str, Phase]:
     """Everything on every rank; gradients are reduced in flat copies (engine.allreduce_bucket)."""
-    weights = Term(FP32 * sizes.parameters, FP32 * sizes.heap_parameters)
-    optimizer = Term(2 * FP32 * sizes.trainable, 2 * FP32 * sizes.heap_trainable)
+    states = model_states(case, sizes)
+    weights = Term(states["weights"], FP32 * sizes.heap_parameters)
+    optimizer = Term(states["optimizer"], 2 * FP32 * sizes.heap_trainable)
     gradients = _whole_gradients(sizes)
     copy = Term(FP32 * min(sizes.trainable, _STAGE_0_BUCKET))
     return {
@@ -180,29 +195,31 @@ def _stage_0(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) -> 
 
 def _stages_1_and_2(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) -> dict[str, Phase]:
     """Weights in flat buffers on every rank; a rank's partition of them once more, and its moments."""
-    weights, part = Term(FP32 * sizes.parameters), FP32 * sizes.trainable / case.ranks
-    optimizer = Term(0.0 if case.offloads else 3 * part)
+    states, part = model_states(case, sizes), FP32 * sizes.trainable / case.ranks
+    same = {"weights": Term(states["weights"]), "optimizer": Term(0.0 if case.offloads else states["optimizer"])}
+    # Through it gradients go to the host (temp_grad_buffer_for_gpu_offload).
+    staging = FP32 * sizes.largest if case.offloads else 0.0
     bucket = min(sizes.trainable, settings.reduce_bucket)
-    buckets = _buckets_1_and_2(case, sizes, settings)
-    # average_tensor flattens the slices of a bucket once more, and under bf16 that to bf16 (allreduce_bucket).
+    buckets = _buckets_1_and_2(case, sizes, settings) + staging
+    # average_tensor joins the slices of a bucket once more, and under bf16 turns that into bf16 (allreduce_bucket).
     copies = FP32 * bucket if not case.bf16 else (FP32 + BF16) * min(sizes.bf16, bucket)
-    # What is accumulated of the partition (grads_in_partition); the bound of a large model's buckets is reached while
-    # activations are still there.
-    held = part if case.accumulation > 1 and case.stage == 2 and not case.offloads else 0.0
-    beyond = Term(FP32 * (sizes.trainable - bucket) + held) if case.stage == 1 else Term(held)
-    during = Term(trace.activations, trace.heap) if case.stage == 2 and sizes.trainable > bucket else Term(0.0)
-    backward = _backward(case, sizes, trace) if case.stage == 1 else _only_activations(trace)
-    if case.stage == 2:
-        backward["gradients"] = Term(held)
-    backward_buffers = buckets if case.stage == 2 or not case.on_cpu else 0.0
+    # The partition of earlier passes (grads_in_partition).
+    held = Term(part if case.stage == 2 and case.accumulation > 1 and not case.offloads else 0.0)
+    if case.stage == 1:
+        backward = {**_backward(case, sizes, trace), "buffers": Term(staging if case.on_cpu else buckets)}
+        reduce: Phase = {"gradients": Term(FP32 * (sizes.trainable - bucket))}
+    else:
+        backward = {**_only_activations(trace), "gradients": held, "buffers": Term(buckets)}
+        # Buckets of a large model are full while activations are still there.
+        reduce = {"gradients": held, **(_only_activations(trace) if sizes.trainable > bucket else {})}
     # The gradient of the partition and its flat copy (step), or the copy that all_gather makes of its list of shards.
     update = max(0.0 if case.offloads else 2 * part, FP32 * min(sizes.trainable, settings.allgather_bucket))
-    same = {"weights": weights, "optimizer": optimizer}
-    staging = FP32 * sizes.largest if case.offloads else 0.0
+    # Flat weights beside the first ones; a GPU without room for both has them made by the host.
+    first = Term(states["weights"] + FP32 * sizes.trainable * case.on_cpu)
     return {
-        "start": {"weights": Term(2 * FP32 * sizes.trainable + FP32 * (sizes.parameters - sizes.trainable)), **_check(case, sizes)},
-        "backward": {**same, **backward, "buffers": Term(backward_buffers + staging)},
-        "reduce": {**same, "gradients": beyond, "buffers": Term(buckets + copies + staging), "activations": during},
+        "start": {"weights": first, **_check(case, sizes)},
+        "backward": {**same, **backward},
+        "reduce": {**same, **reduce, "buffers": Term(buckets + copies)},
         "update": {**same, "buffers": Term(update + staging)},
     }
 
@@ -216,33 +233,36 @@ def _buckets_1_and_2(case: Case, sizes: Sizes, settings: ZeroSettings) -> float:
 
 def _stage_3(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) -> dict[str, Phase]:
     """Weights partitioned, gathered for the modules that run; the partition itself is what the optimizer updates."""
-    part = FP32 * sizes.trainable / case.ranks
-    kept = FP32 * (sizes.parameters / case.ranks + sizes.persistent)
-    weights = Term(FP32 * sizes.persistent if case.offload == "optimizer+parameters" else kept)
-    optimizer = Term(0.0 if case.offloads else 2 * part)
-    gradients = Term(0.0 if case.offloads else part)
-    # A parameter stays gathered when it is used again within the distance: on the way back, the last ones first.
-    live = min(sizes.parameters, settings.max_live, settings.max_reuse_distance // 2 + settings.prefetch)
-    gathered = Term(weights.bytes + FP32 * live, FP32 * min(live, sizes.heap_parameters))
+    states = model_states(case, sizes)
+    on_host = case.offload == "optimizer+parameters"
+    weights = Term(FP32 * sizes.persistent if on_host else states["weights"])
+    same = {} if case.offloads else {name: Term(states[name]) for name in ("optimizer", "gradients")}
     bucket = min(sizes.trainable, settings.reduce_bucket)
-    touched = BF16 * sizes.bf16 + FP32 * (sizes.trainable - sizes.bf16) if case.bf16 else FP32 * sizes.trainable
-    touched *= bucket / sizes.trainable
-    whole = settings.reduce_bucket * (FP32 + BF16 if case.bf16 else FP32)
-    buckets = touched if case.on_cpu else whole
+    sent = BF16 * sizes.bf16 + FP32 * (sizes.trainable - sizes.bf16) if case.bf16 else FP32 * sizes.trainable
+    touched = sent * bucket / sizes.trainable
+    buckets = touched if case.on_cpu else settings.reduce_bucket * (FP32 + BF16 if case.bf16 else FP32)
     # reduce_scatter_coalesced joins the gradients of a bucket; gloo reduces a clone of that.
     copies = touched * (2 if case.on_cpu else 1)
-    same = {"optimizer": optimizer, "gradients": gradients}
-    activations = Term(trace.activations, trace.heap)
-    phases = {
-        "start": {"weights": Term(FP32 * sizes.parameters * (1 + 1 / case.ranks)), **_check(case, sizes)},
-        "backward": {**same, "weights": gathered, "activations": activations, "buffers": Term(buckets)},
-        "reduce": {**same, "weights": weights, "buffers": Term(buckets + copies)},
-        # The flat gradient of a sub-group (_prepare_fp32_grad_for_sub_group).
-        "update": {**same, "weights": weights, "buffers": Term(buckets + (0.0 if case.offloads else part))},
+    backward = {**same, "weights": _gathered(case, sizes, settings, weights.bytes), **_only_activations(trace)}
+    # Buckets of a large model are full while activations are still there.
+    reduce = backward if sizes.trainable > bucket else {**same, "weights": weights}
+    # The flat gradient of the partition (_prepare_fp32_grad_for_sub_group).
+    update = 0.0 if case.offloads else states["gradients"]
+    return {
+        # The engine places the whole model on the device, and DeepSpeed partitions it there.
+        "start": {"weights": Term(FP32 * sizes.parameters + states["weights"] * case.on_cpu), **_check(case, sizes)},
+        "backward": {**backward, "buffers": Term(buckets)},
+        "reduce": {**reduce, "buffers": Term(buckets + copies)},
+        "update": {**same, "weights": weights, "buffers": Term(buckets + update)},
     }
-    if sizes.trainable > bucket:  # Buckets are full while activations are still there.
-        phases["reduce"] |= {"weights": gathered, "activations": activations}
-    return phases
+
+
+def _gathered(case: Case, sizes: Sizes, settings: ZeroSettings, kept: float) -> Term:
+    """Whole weights beside those that a rank keeps: what will be used again within the distance (on the way back first
+    what was used last), and the flat buffers of those under way, which gloo copies once more."""
+    live = min(sizes.parameters, settings.max_live, settings.max_reuse_distance // 2 + settings.prefetch)
+    under_way = min(settings.prefetch, sizes.parameters) * (BF16 if case.bf16 else FP32) * (2 if case.on_cpu else 1)
+    return Term(kept + FP32 * live + under_way, FP32 * min(live, sizes.heap_parameters) + under_way)
 
 
 def _whole_gradients(sizes: Sizes) -> Term:

@@ -11,7 +11,7 @@ from crossguard.configs.schema import Config
 from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.data.loading.order import micro_batches
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.planning.memory import Case, Memory, Sizes, ZeroSettings, memory_of
+from crossguard.train.planning.memory import Case, Memory, Sizes, ZeroSettings, memory_of, model_states
 from crossguard.train.planning.roofline import StepTime, communication_bytes, step_time
 from crossguard.train.planning.shapes import Shapes
 from crossguard.train.planning.trace import Trace, at_batch
@@ -66,7 +66,7 @@ class Plan:
             "batch_size": self.batch_size,
             "flops_per_step": self.flops,
             "available_bytes": self.available,
-            "ways": [_as_json(way) for way in self.ways],
+            "ways": [_as_json(way, self.sizes) for way in self.ways],
             "recommended": None if self.recommended is None else _choice(self.recommended),
         }
 
@@ -87,11 +87,7 @@ def make_plan(config: Config) -> Plan:
     posts = max(2, micro_batch)
     small, large = shapes.trace(posts), shapes.trace(2 * posts)
     planner = _Planner(config, cluster, ranks, sizes, settings, small, large)
-    ways = [
-        planner.way(stage, offload, micro_batch)
-        for stage, offload in WAYS
-        if offload == "none" or cluster.is_gpu
-    ]
+    ways = [planner.way(stage, offload, micro_batch) for stage, offload in WAYS if offload == "none" or cluster.is_gpu]
     recommended = recommend(ways)
     if recommended is not None:
         case = recommended.case
@@ -171,15 +167,16 @@ def _choice(way: Way) -> dict[str, Any]:
     }
 
 
-def _as_json(way: Way) -> dict[str, Any]:
+def _as_json(way: Way, sizes: Sizes) -> dict[str, Any]:
     memory = asdict(way.memory) | {"total": way.memory.total}
-    host = memory.pop("host")
+    host, states = memory.pop("host"), model_states(way.case, sizes)
     return {
         "zero": way.case.stage,
         "offload": way.case.offload,
         "micro_batch_size": way.micro_batch_size,
         "accumulation": way.case.accumulation,
         "memory_bytes": memory,
+        "model_states_bytes": states,
         "host_bytes": host,
         "fits": way.fits,
         "largest_micro_batch_size": way.largest_micro_batch_size,

@@ -1,4 +1,4 @@
-"""The model and a batch without memory: all shapes and types are right, no number is stored and no weight downloaded."""
+"""The model and a batch without memory: shapes and types are right, no number is stored and no weight downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crossguard.configs.schema import Config
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.models import Classifier, freeze_unused
-from crossguard.train.models.hugging_face import pretrained_config
+from crossguard.train.models.hugging_face import Role, pretrained_config
 from crossguard.train.optimizer import freeze
 from crossguard.train.planning.trace import Trace, trace_step
 from crossguard.train.tokenizers import load_tokenizer
@@ -88,10 +88,11 @@ def _described(config: ModelConfig) -> tuple[ModelConfig, int, int]:
 
     Of a pretrained encoder only `config.json` is read. Its own tokenizer has no more tokens than it.
     """
+    roles: tuple[Role, ...] = ("text", "image")
     encoders: dict[str, Any] = {
-        name: replace(encoder, pretrained=None, config=pretrained_config(encoder.pretrained, name))
-        for name in config.modalities
-        if (encoder := getattr(config, name)).pretrained
+        role: replace(encoder, pretrained=None, config=pretrained_config(encoder.pretrained, role))
+        for role in roles
+        if role in config.modalities and (encoder := getattr(config, role)).pretrained
     }
     described = replace(config, **encoders)
     if "text" in encoders and config.text.tokenizer is None:

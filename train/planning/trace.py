@@ -86,10 +86,7 @@ def at_batch(small: Trace, large: Trace, posts: int) -> Trace:
 
     return Trace(
         posts,
-        **{
-            name: line(getattr(small, name), getattr(large, name))
-            for name in ("saved", "activations", "heap")
-        },
+        **{name: line(getattr(small, name), getattr(large, name)) for name in ("saved", "activations", "heap")},
         operations=[
             Operation(line(one.flops, other.flops), line(one.bytes, other.bytes))
             for one, other in zip(small.operations, large.operations, strict=True)
