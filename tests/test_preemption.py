@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_step_and_changes_nothing(folder: Path) -> None:
-    """Each phase from training over evaluation to saving; the signals of the first case of each come at its very start."""
+    """In every phase of training, evaluation and saving, the first time it comes and the last; two signals each time."""
     printed = run_ranks(2, HERE / "rank_preemption.py", str(folder), str(TIMES), "0")
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     evaluated = [case for case in found if case["phase"] == "stage=evaluate"]
