@@ -46,7 +46,7 @@ def test_the_older_one_is_used(
     chosen = newest_valid(run_dir, alone())
     assert chosen == run_dir / "checkpoints" / OLD
     warning = capsys.readouterr().err
-    assert f"{NEW}/{name}: " in warning
+    assert warning.count(f"{NEW}/{name}: ") == 1
     assert f"{OLD} is used instead" in warning
     folder = run_dir / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {OLD, f"{NEW}.damaged", "latest"}

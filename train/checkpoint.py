@@ -90,7 +90,8 @@ def _first_valid(run_dir: Path, ranks: Ranks, candidates: Callable[[], list[Path
     for checkpoint, problem in damaged.items():
         aside: Path = ranks.on_first(functools.partial(folder.set_aside, checkpoint))
         warning = f"warning: {problem}; kept as {aside.name}, {valid and valid.name} is used instead"
-        logging.getLogger(__name__).warning(warning)
+        # At this level it goes to the log of a rank, where there is one, and not to the terminal a second time.
+        logging.getLogger(__name__).info(warning)
         ranks.say(warning)
     if damaged:
         ranks.on_first(lambda: folder.point(run_dir))
