@@ -25,7 +25,7 @@ from safetensors import safe_open
 from crossguard.configs.errors import JobError
 from crossguard.train import checkpoint_saving
 from crossguard.train.checkpoint import newest_valid
-from crossguard.train.checkpoint_folder import checkpoint_folders, latest_checkpoint
+from crossguard.train.checkpoint_folder import checkpoint_folders, latest_checkpoint, remove_staging
 from crossguard.train.checkpoint_manifest import entry, verify
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
@@ -257,3 +257,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("moved_in", [False, True])
+def test_a_kill_while_a_step_is_saved_once_more_loses_nothing(tmp_path: Path, moved_in: bool) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".staging-replaced-step-00000003").mkdir(parents=True)
+    (checkpoints / ".staging-replaced-step-00000003" / "old").touch()
+    if moved_in:
+        (checkpoints / "step-00000003").mkdir()
+    remove_staging(tmp_path)
+    (left,) = checkpoints.iterdir()
+    assert left.name == "step-00000003"
+    assert (left / "old").exists() != moved_in

@@ -19,6 +19,7 @@ from crossguard.data.shards.files import sync, write_atomic
 from crossguard.train.checkpoint_manifest import DamagedCheckpoint, Entry, is_intact, read_manifest, write_manifest
 
 STAGING = ".staging-"
+REPLACED = f"{STAGING}replaced-"
 STATE = "state.json"
 
 
@@ -96,7 +97,11 @@ def open_staging(run_dir: Path, step: int) -> Path:
 
 
 def remove_staging(run_dir: Path) -> None:
-    """Remove what killed saves left."""
+    """Remove what killed saves left; a checkpoint whose successor did not come is put back."""
+    for path in (run_dir / "checkpoints").glob(f"{REPLACED}*"):
+        original = path.with_name(path.name.removeprefix(REPLACED))
+        if not original.exists():
+            path.rename(original)
     for path in (run_dir / "checkpoints").glob(f"{STAGING}*"):
         shutil.rmtree(path)
 
@@ -107,10 +112,12 @@ def commit(staging: Path, step: int, files: dict[str, Entry], *, best: bool) -> 
     sync(staging)
     folder = staging.parent
     final = folder / folder_name(step)
-    if final.exists():  # The same step saved once more, after its checkpoint was left behind by an older run.
-        shutil.rmtree(final)
+    replaced = folder / f"{REPLACED}{final.name}"
+    if final.exists():  # The same step saved once more, e.g. with the evaluation that an interrupted run still owed.
+        final.rename(replaced)
     staging.rename(final)
     sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     point(folder.parent)
     return final
 
