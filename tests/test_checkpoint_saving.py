@@ -234,6 +234,7 @@ def test_what_a_kill_leaves_at_any_moment_is_whole(tmp_path: Path) -> None:
             for _ in range(60):
                 assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
                 os.kill(process.pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all of its threads
                 complete = checkpoint_folders(tmp_path)
                 assert complete
                 for checkpoint in complete:

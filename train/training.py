@@ -6,6 +6,7 @@ import contextlib
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain, save_config
@@ -68,21 +69,12 @@ def run_training(config: Config, ranks: Ranks) -> None:
 
 def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, last_step: int, tracker: Tracker) -> None:
     """The steps that are left."""
-    run_dir, ranks, order = Path(config.run_dir), engine.ranks, inputs.order
+    run_dir, ranks = Path(config.run_dir), engine.ranks
     refusals = Refusals(run_dir, inputs, config.train.max_refused, ranks)
 
     def save(best: bool) -> None:
         refusals.agree()
-        position = state.step * order.batch_size
-        about = asdict(state) | {
-            "position": position,
-            "order": order.state(inputs.reader.manifest_hash, position),
-            "config": as_plain(config),
-            "taxonomy": inputs.encode.taxonomy.to_json(),
-            "tracker_run_id": tracker.run_id,
-        }
-        attached = {FILE_NAME: inputs.refused.encode()}
-        saver.save(about, attached, best=best)
+        saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     saver = CheckpointSaver(
         run_dir, engine, keep_last=config.checkpoint.keep_last, in_background=config.checkpoint.async_save
@@ -97,7 +89,7 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         refusals.open(state.step + 1)
         loader = TrainLoader(
             inputs.reader,
-            order,
+            inputs.order,
             inputs.encode,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -119,6 +111,18 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
             validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
             save=save,
         ).run()
+
+
+def _about(config: Config, inputs: Inputs, state: TrainState, tracker: Tracker) -> dict[str, Any]:
+    """What a checkpoint says, beside weights and optimizer."""
+    position = state.step * inputs.order.batch_size
+    return asdict(state) | {
+        "position": position,
+        "order": inputs.order.state(inputs.reader.manifest_hash, position),
+        "config": as_plain(config),
+        "taxonomy": inputs.encode.taxonomy.to_json(),
+        "tracker_run_id": tracker.run_id,
+    }
 
 
 def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None) -> Engine:
