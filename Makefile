@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test soak lint bench constraints clean
+.PHONY: setup demo test unit soak lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -23,17 +23,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/crossguard run recipe=quickstart
 
-test: setup lint
-	$(BIN)/pytest
+# Side by side: types are checked while the tests wait for processes.
+test: setup
+	$(MAKE) --no-print-directory --jobs 2 lint unit
 
-# The long forms of what `make test` does briefly: about an hour on two cores. What they trained stays in runs/soak.
-soak: export OMP_NUM_THREADS := 1
-soak: export DS_ACCELERATOR := cpu
-soak: export PYTHONPATH := $(CURDIR)/tests
-soak: setup
-	rm -rf runs/soak
-	$(BIN)/python tests/soak/stops.py runs/soak/stops --times 10
-	$(BIN)/python tests/soak/kills.py runs/soak/kills --kills 50
+unit: setup
+	$(BIN)/pytest
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crossguard.configs.errors import UserError
+from crossguard.configs.errors import CrossguardError, UserError
 from crossguard.configs.suggest import did_you_mean
 
 T = TypeVar("T")
+# Of torch, which is not imported here.
+DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 
 
 def find_own(spec: str, key: str) -> None:
@@ -51,12 +53,19 @@ def load_own(spec: str, key: str) -> Any:
 
 
 def naming(part: Callable[..., T], setting: str) -> Callable[..., T]:
-    """A part of the user's own, whose errors name the setting that brought it in."""
+    """A part of the user's own, whose errors name the setting that brought it in.
+
+    What the machine lacks is no error of the part: memory, a disk, a device stay what they are.
+    """
 
     def call(*arguments: Any) -> T:
         try:
             return part(*arguments)
+        except (CrossguardError, MemoryError, OSError):
+            raise
         except Exception as error:
+            if type(error).__name__ in DEVICE_ERRORS:
+                raise
             reason = " ".join(str(error).split())[:200]
             # Below this frame lies the user's; there is none where the arguments do not fit.
             frames = traceback.extract_tb(error.__traceback__)[1:2]

@@ -13,6 +13,11 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
+# The environment variable in which the local launcher tells its ranks who it is: one that has ended before they ask
+# would not be their parent any more.
+LAUNCHER_PID = "CROSSGUARD_LAUNCHER_PID"
+
+
 def die_with_parent() -> None:
     """Have the kernel send SIGKILL to this process when its parent ends (Linux; elsewhere nothing happens).
 
@@ -20,9 +25,9 @@ def die_with_parent() -> None:
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # It ended before the kernel was asked.
+    if os.getppid() != parent:  # It had ended before the kernel was asked.
         os.kill(os.getpid(), signal.SIGKILL)
     if b"deepspeed.launcher.launch" in _command_line(parent):
         _die_with(_parent_of(parent))

@@ -7,7 +7,6 @@ from typing import Any
 
 from crossguard.configs.errors import UserError
 
-# Where a pretrained encoder lay does not matter any more: its weights are in the checkpoint.
 # Keys, or groups of keys, that decide neither the samples of a step nor what is done with them. Where posts and shards
 # lie may change because a run directory may be copied; their content is checked by the hash in the order's state.
 MAY_CHANGE = (
@@ -26,6 +25,7 @@ MAY_CHANGE = (
     "description",
     "evaluation",
     "launcher",
+    # Where a pretrained encoder lay does not matter any more: its weights are in the checkpoint.
     "model.image.pretrained",
     "model.text.pretrained",
     "recipe",

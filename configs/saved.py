@@ -31,7 +31,7 @@ PATHS = (
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """Nested dictionaries and lists, without any absolute path: those become relative to the working directory.
+    """Nested dictionaries and lists, without absolute paths: those become relative to the working directory; URLs stay.
 
     A run directory may be copied to another machine, where an absolute path would mean nothing.
     """

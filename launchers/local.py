@@ -15,7 +15,6 @@ from crossguard.launchers.processes import RankProcesses
 
 # How long the others may take to end when a rank is lost: without it they can save nothing.
 SECONDS_TO_END = 5.0
-FOREVER = 1e9
 
 
 def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_out: int) -> None:
@@ -44,8 +43,8 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_
         # Once may be an accident; a rank that is lost again may lack a place to live.
         if config.elastic and restarts > 1:
             num_procs = next((n for n in range(num_procs - 1, 0, -1) if shared_out % n == 0), num_procs)
-        # The checkpoints of the first start are not to be moved aside.
-        arguments = [argument for argument in arguments if not argument.startswith("train.restart=")]
+        # The checkpoints of the first start are not to be moved aside, whoever asked for that; the last word counts.
+        arguments = [*arguments, "train.restart=false"]
         print(
             f"crossguard: {lost}; restart {restarts} of {config.max_restarts} on {num_procs} ranks",
             file=sys.stderr,
@@ -64,7 +63,7 @@ def count_gpus() -> int:
 def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
     """One start of the ranks; says which rank was lost and why, or nothing when all have done their work."""
     threads = config.threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs)
-    ranks = RankProcesses(arguments, num_procs, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    ranks = RankProcesses()
     asked_at: list[float] = []
 
     def pass_on(sent: signal.Signals) -> None:
@@ -74,11 +73,14 @@ def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
     patience = SECONDS_TO_END
     try:
         with on_preemption(pass_on):
+            ranks.start(arguments, num_procs, os.environ | {"OMP_NUM_THREADS": str(threads)})
+            if asked_at:  # while some were not there yet
+                ranks.send(signal.SIGTERM)
             while (ended := ranks.wait(1.0)) is None:
                 if asked_at and time.monotonic() - asked_at[0] > config.grace_seconds:
                     patience = 0
                     raise Preempted(
-                        f"preempted; the ranks had not saved within launcher.grace_seconds={config.grace_seconds:g}; "
+                        f"preempted; the ranks had not ended within launcher.grace_seconds={config.grace_seconds:g}; "
                         "start again and it goes on from the last checkpoint"
                     )
             if EXIT_PREEMPTED in ended.values():

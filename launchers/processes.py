@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from crossguard.configs.parent_death import LAUNCHER_PID
 from crossguard.configs.rank_store import STORE_DESCRIPTOR
 
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -18,7 +19,11 @@ SECONDS_BETWEEN_LOOKS = 0.1
 class RankProcesses:
     """`python -m crossguard.train ARGUMENTS` for each rank, with the environment that torchrun would give it."""
 
-    def __init__(self, arguments: list[str], num_procs: int, environment: Mapping[str, str]):
+    def __init__(self) -> None:
+        self._ranks: list[subprocess.Popen[bytes]] = []
+
+    def start(self, arguments: list[str], num_procs: int, environment: Mapping[str, str]) -> None:
+        """Start them; what interrupts this leaves those that are started to `end`."""
         command = [sys.executable, "-m", "crossguard.train", *arguments]
         with socket.socket() as store:
             store.bind(("127.0.0.1", 0))
@@ -30,17 +35,17 @@ class RankProcesses:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(store.getsockname()[1]),
                 STORE_DESCRIPTOR: str(store.fileno()),
+                LAUNCHER_PID: str(os.getpid()),
             }
-            self._ranks = [
+            for rank in range(num_procs):
                 # In sessions of their own: what a terminal sends to this process is passed on by it alone.
-                subprocess.Popen(
+                process = subprocess.Popen(
                     command,
                     env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     pass_fds=(store.fileno(),) if rank == 0 else (),
                     start_new_session=True,
                 )
-                for rank in range(num_procs)
-            ]
+                self._ranks.append(process)
 
     def wait(self, seconds: float) -> dict[int, int] | None:
         """Exit statuses by rank, negative for a signal, as soon as all have ended or one has ended badly.

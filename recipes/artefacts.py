@@ -15,13 +15,14 @@ Hashes = dict[str, str]
 
 def posts(job: Job) -> Hashes:
     """What the source would read."""
-    from crossguard.data.sources import open_source
+    from crossguard.data.sources import fingerprint_of, open_source
     from crossguard.data.taxonomy import Taxonomy
 
-    if not job.has_posts:
+    if not job.config.data.has_posts:
         raise UserError("data.path: not set; build needs data.path=FILE_OR_FOLDER of posts")
     taxonomy = Taxonomy.from_config(job.config.taxonomy)
-    return {"posts": open_source(job.config.data, taxonomy, job.config.seed).fingerprint()}
+    source = open_source(job.config.data, taxonomy, job.config.seed)
+    return {"posts": fingerprint_of(source, job.config.data)}
 
 
 def manifest(job: Job) -> Hashes:

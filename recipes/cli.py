@@ -6,8 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from signal import Signals
 
-from crossguard.configs.errors import CrossguardError, UserError
+from crossguard.configs.errors import CrossguardError, Preempted, UserError
+from crossguard.configs.preemption import on_preemption
 from crossguard.configs.suggest import did_you_mean
 from crossguard.recipes import commands
 
@@ -55,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 def _run(argv: list[str]) -> int:
     try:
         command, rest = _choose(argv)
-        command(rest)
+        with on_preemption(_stop):
+            command(rest)
     except CrossguardError as error:
         if str(error):
             print(f"crossguard: {error}", file=sys.stderr)
@@ -64,6 +67,10 @@ def _run(argv: list[str]) -> int:
         print("crossguard: interrupted; start again and it goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _stop(sent: Signals) -> None:
+    raise Preempted(f"preempted by {sent.name}; start again and it goes on")
 
 
 def _choose(argv: list[str]) -> tuple[Command, list[str]]:

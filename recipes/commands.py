@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from signal import Signals
 
-from crossguard.configs.errors import Preempted, UserError
-from crossguard.configs.preemption import on_preemption
+from crossguard.configs.errors import UserError
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
 from crossguard.recipes.work import check_ranks
@@ -17,7 +15,7 @@ def run(argv: list[str]) -> None:
     job = Job.from_arguments(argv)
     ablations = job.ablations()
     check_ranks(job)
-    if job.has_posts or not job.has_shards:
+    if job.config.data.has_posts or not job.has_shards:
         _build(job)
     _do(TRAIN, job)
     for name, ablation in ablations.items():
@@ -99,13 +97,8 @@ def _build(job: Job) -> None:
 
 
 def _do(stage: Stage, job: Job, which: str = "") -> None:
-    with on_preemption(_stop):
-        if not run_stage(stage, job):
-            print(f"{stage.name}{which}: done before, skipped", flush=True)
-
-
-def _stop(sent: Signals) -> None:
-    raise Preempted(f"preempted by {sent.name}; start again and it goes on")
+    if not run_stage(stage, job):
+        print(f"{stage.name}{which}: done before, skipped", flush=True)
 
 
 def _no_arguments(name: str, argv: list[str]) -> None:

@@ -30,11 +30,6 @@ class Job:
         return Path(self.config.run_dir)
 
     @property
-    def has_posts(self) -> bool:
-        """Whether the configuration says where posts come from; without, the shards must be there."""
-        return self.config.data.source == "synthetic" or self.config.data.path is not None
-
-    @property
     def has_shards(self) -> bool:
         """Whether shards were built."""
         from crossguard.data.shards.folder import has_manifest

@@ -30,15 +30,14 @@ def preview(argv: list[str]) -> None:
     from crossguard.data.loading import queries
     from crossguard.data.loading.plan import unreadable_rows
 
-    reader, order, refused, done = _open(config)
+    reader, order, refused, done = open_run(config)
     refused = refused.add(unreadable_rows(reader, time.time()), done + 1)
     print(json.dumps({"step": step, "ids": queries.preview(reader, order, refused, step)}, ensure_ascii=False))
 
 
 def exposure(argv: list[str]) -> None:
     """Print every step of a run that consumed a sample, and every checkpoint that has learned from it."""
-    ids = [argument for argument in argv if not argument.startswith(("run_dir=", "data.shards="))]
-    own, _ = take(argv, "run_dir", "data.shards")
+    own, ids = take(argv, "run_dir", "data.shards")
     if len(ids) != 1 or "run_dir" not in own:
         raise UserError("shards exposure: say `crossguard shards exposure SAMPLE_ID run_dir=DIR`")
     config = load_config(Path(own["run_dir"]) / "config.yaml")
@@ -50,7 +49,7 @@ def _exposure(config: Config, sample: str) -> dict[str, Any]:
     from crossguard.data.loading import queries
 
     run_dir = Path(config.run_dir)
-    reader, order, refused, done = _open(config)
+    reader, order, refused, done = open_run(config)
     if not done:
         raise UserError(f"{run_dir}: no checkpoint, nothing has learned from any sample yet")
     row = reader.row_of(sample)
@@ -64,9 +63,9 @@ def _exposure(config: Config, sample: str) -> dict[str, Any]:
     return found
 
 
-def _open(config: Config) -> tuple[ShardReader, SampleOrder, Refused, int]:
+def open_run(config: Config) -> tuple[ShardReader, SampleOrder, Refused, int]:
     """Reader and order of a run, what it does not read, and the steps done."""
-    from crossguard.data.loading.plan import open_folders, plan_training
+    from crossguard.data.loading.plan import continue_order, open_folders, plan_training
     from crossguard.data.loading.refused import Refused
     from crossguard.data.taxonomy import Taxonomy
     from crossguard.train.encode import PostEncoder
@@ -76,8 +75,13 @@ def _open(config: Config) -> tuple[ShardReader, SampleOrder, Refused, int]:
     saved = read_state(checkpoint) if checkpoint else None
     refused = Refused.load(checkpoint) if checkpoint else Refused.none()
     encode = PostEncoder(config.model, Taxonomy.from_config(config.taxonomy))
-    first_step = saved["order"]["first_step"] if saved else 1
-    reader, order = plan_training(config, open_folders(config), run_dir, encode, first_step=first_step)
-    if saved:
-        order.go_on(saved["order"], reader.manifest_hash, refused.rows)
-    return reader, order, refused, saved["step"] if saved else 0
+    done = saved["step"] if saved else 0
+    folders = open_folders(config)
+    reader, order, refused = continue_order(
+        lambda first_step: plan_training(config, folders, run_dir, encode, first_step=first_step),
+        saved["order"] if saved else None,
+        refused,
+        done,
+        new_order=config.train.new_order,
+    )
+    return reader, order, refused, done

@@ -13,12 +13,18 @@ from crossguard.train.checkpoint_folder import checkpoint_folders, latest_checkp
 def build(job: Job) -> None:
     """Write the shards; those that belong behind a URL are written into the run directory first."""
     from crossguard.data.shards.build import build_shards
+    from crossguard.data.shards.manifest import FILE_NAME
     from crossguard.data.shards.publish import publish
     from crossguard.data.shards.storage import local_path
 
     location = job.config.shards_location
     folder = local_path(location)
     staging = job.run_dir / "shards-staging"
+    if folder is None and job.config.build.append and job.has_shards and not (staging / FILE_NAME).exists():
+        raise UserError(
+            f"{staging}: not here; build.append=true needs the shards as they were built before they were put behind "
+            f"{location}: copy them from there into this folder, or build all anew with data.shards=NEW_URL"
+        )
     manifest = build_shards(job.config, folder or staging, job.run_dir / "quarantine.jsonl")
     if folder is None:
         publish(staging, manifest, location)

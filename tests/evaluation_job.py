@@ -21,7 +21,7 @@ from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.shards.build import build_shards
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import checkpoint_folder
-from crossguard.train.checkpoint_manifest import file_entry
+from crossguard.train.checkpoint_manifest import entry
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.fragments import WEIGHT, tensor_shapes
@@ -79,7 +79,7 @@ def make_run(config: Config) -> None:
         "config": as_plain(config),
     }
     (staging / checkpoint_folder.STATE).write_text(json.dumps(state))
-    entries = {file.name: file_entry(file) for file in staging.iterdir()}
+    entries = {file.name: entry(file.read_bytes()) for file in staging.iterdir()}
     checkpoint_folder.commit(staging, 3, entries, best=False)
 
 

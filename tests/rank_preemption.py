@@ -37,7 +37,16 @@ SETTINGS = [
     *("checkpoint.every_steps=3", "train.num_workers=0"),
 ]
 # Phase -> how often a run of one rank enters it.
-PHASES = {"data": 8, "forward": 16, "backward": 16, "step": 8, "evaluation": 10, "save": 4}
+PHASES = {"data": 8, "forward": 16, "backward": 16, "step": 8, "evaluation": 8, "save": 4}
+# The step that a phase belongs to when it is entered for the n-th time: two passes a step, four batches an evaluation.
+STEP_OF = {
+    "data": lambda n: n,
+    "forward": lambda n: (n + 1) // 2,
+    "backward": lambda n: (n + 1) // 2,
+    "step": lambda n: n,
+    "evaluation": lambda n: 4 if n <= 4 else 8,
+    "save": lambda n: (3, 4, 6, 8)[n - 1],
+}
 
 
 @contextmanager

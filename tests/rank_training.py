@@ -9,6 +9,7 @@ from pathlib import Path
 
 from crossguard.configs.compose import compose
 from crossguard.configs.parent_death import die_with_parent
+from crossguard.data.shards.build import build_shards
 from crossguard.train.ranks import end_process, init_ranks
 from crossguard.train.training import run_training
 
@@ -42,6 +43,12 @@ def write_job(folder: Path) -> None:
             labels = {"spam": spam, "insult": draw.choice([0, 1, None, 0.67])}
             split = "train" if number < 110 else "validation" if number < 140 else "test"
             posts.write(json.dumps({"id": f"p{number}", "text": text, "labels": labels, "split": split}) + "\n")
+
+
+def write_shards(folder: Path) -> None:
+    """The job, and its posts built into `shards/`."""
+    write_job(folder)
+    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
 
 
 def arguments(folder: Path, run_dir: str, *overrides: str) -> list[str]:

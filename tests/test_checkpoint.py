@@ -42,8 +42,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_go_on_bit_for_bit(saved: Path) -> None:
     for found in json.loads((saved / "found.json").read_text()):
-        wrong = [name for name, right in found.items() if right is False]
-        assert not wrong
+        same = {name: right for name, right in found.items() if isinstance(right, bool)}
+        assert len(same) >= 4
+        assert all(same.values()), same
 
 
 def test_every_stage_loads_every_other(saved: Path) -> None:

@@ -14,7 +14,7 @@ from crossguard.configs.errors import UserError
 from crossguard.train import checkpoint_folder
 from crossguard.train.checkpoint import best_valid, newest_valid
 from crossguard.train.checkpoint_folder import checkpoints_of, latest_checkpoint
-from crossguard.train.checkpoint_manifest import MANIFEST, file_entry, read_manifest, verify
+from crossguard.train.checkpoint_manifest import MANIFEST, entry, read_manifest, verify
 from crossguard.train.checkpoint_saving import CheckpointSaver
 
 OLD, NEW = "step-00000001", "step-00000002"
@@ -155,7 +155,7 @@ def commit(run_dir: Path, step: int, *, best: bool = False) -> None:
     """A checkpoint with a state alone."""
     staging = checkpoint_folder.open_staging(run_dir, step)
     (staging / "state.json").write_text("{}")
-    checkpoint_folder.commit(staging, step, {"state.json": file_entry(staging / "state.json")}, best=best)
+    checkpoint_folder.commit(staging, step, {"state.json": entry((staging / "state.json").read_bytes())}, best=best)
 
 
 def copy_of(saved: Path, folder: Path) -> Path:

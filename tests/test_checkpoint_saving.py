@@ -212,7 +212,7 @@ def test_a_file_of_tensors_is_read_by_safetensors(tmp_path: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    """A rank whose disk is full, and a rank that is killed while it saves; both ranks, and the start after, agree."""
+    """A rank whose disk is full, and a file of one rank that is altered; both ranks, and the start after, agree."""
     run_ranks(2, HERE / "rank_saving.py", str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     for way in ("front", "background"):

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config, DataConfig
 from crossguard.configs.schema.model import TextEncoderConfig
-from crossguard.train.checkpoint import best_or_latest, load_weights
+from crossguard.train.checkpoint import load_weights
+from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import load_bundle, write_bundle

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 from rank_models import run_ranks
-from rank_preemption import PHASES
-from rank_training import arguments, write_job
-
-from crossguard.configs.compose import compose
-from crossguard.data.shards.build import build_shards
+from rank_preemption import PHASES, STEP_OF
+from rank_training import write_shards
 
 HERE = Path(__file__).parent
 TIMES = 2
@@ -21,8 +18,7 @@ TIMES = 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recipe, posts and shards."""
     folder = tmp_path_factory.mktemp("job")
-    write_job(folder)
-    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    write_shards(folder)
     return folder
 
 
@@ -37,6 +33,9 @@ def test_a_signal_to_one_rank_stops_all_after_one_step_and_changes_nothing(folde
     assert len(trained) == len(PHASES) * TIMES
     for case in trained:
         assert None not in case["stopped"], case
+        # Passed on where the ranks talk next: in the same step, or, where that has been, in the one after.
+        asked_in = STEP_OF[case["phase"]](case["number"])
+        assert case["stopped"][0] in (asked_in, asked_in + 1), case
         assert len(set(case["stopped"])) == 1, case
         assert case["ended"], case
         assert case["equal"], case

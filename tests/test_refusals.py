@@ -130,10 +130,12 @@ def test_ranks_stay_in_step_and_every_bad_sample_is_named(folder: Path, lost: di
         True: len(lost["missing"]),
         False: len(lost["damaged"]),
     }
-    assert all(line["step"] <= STEPS for line in named)
+    met = [line for line in named if "position" in line]
+    assert all((line["step"] - 1) * 16 <= line["position"] < line["step"] * 16 for line in met)
+    assert {line["reason"] for line in named if "position" not in line} == {"its shard is missing"}
 
 
-def test_preview_and_exposure_equal_what_was_delivered(folder: Path, lost: dict[str, Any]) -> None:
+def test_the_preview_equals_what_was_delivered(folder: Path, lost: dict[str, Any]) -> None:
     del lost
     steps = delivered(folder / "lost")
     for step in (1, 2, 37, 50, 51, STEPS):

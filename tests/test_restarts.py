@@ -12,11 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rank_training import arguments, write_job
+from rank_training import arguments, write_shards
 
-from crossguard.configs.compose import compose
 from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
-from crossguard.data.shards.build import build_shards
 from crossguard.launchers.local import _outcome
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 
@@ -56,8 +54,7 @@ class Job:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Rank 1 has hung, then on its second start was killed, then the launcher was asked to stop."""
     folder = tmp_path_factory.mktemp("job")
-    write_job(folder)
-    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    write_shards(folder)
     job = Job(folder)
     try:
         job.wait(lambda: "restart 1 of 2 on 2 ranks" in job.said.read_text())

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from rank_models import alone, run_ranks, torchrun
-from rank_training import arguments, write_job
+from rank_training import arguments, write_shards
 
 from crossguard.configs.compose import compose
 from crossguard.configs.errors import JobError, UserError
@@ -38,8 +38,7 @@ MULTI = [f"train.max_steps={STEPS}", *SCHEDULE]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recipe, posts and shards."""
     folder = tmp_path_factory.mktemp("job")
-    write_job(folder)
-    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    write_shards(folder)
     return folder
 
 

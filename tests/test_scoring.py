@@ -22,7 +22,8 @@ from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.checkpoint import best_or_latest, load_weights
+from crossguard.train.checkpoint import load_weights
+from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
@@ -46,6 +47,9 @@ class Counting(nn.Module):
 
 class RankOf(Ranks):
     """One of several ranks, played alone: it hears nothing from the others."""
+
+    def any(self, value: bool) -> bool:
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

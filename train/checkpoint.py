@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 
 from crossguard.configs.errors import CrossguardError, UserError
 from crossguard.train import checkpoint_folder as folder
-from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.checkpoint_manifest import DamagedCheckpoint, fragment_files, verify
 from crossguard.train.fragments import (
     WEIGHT,
@@ -40,8 +39,6 @@ from crossguard.train.ranks import Ranks
 
 if TYPE_CHECKING:  # load_weights must not cost the import of DeepSpeed.
     from crossguard.train.engine import Engine
-
-__all__ = ["best_or_latest", "best_valid", "load_checkpoint", "load_weights", "newest_valid"]
 
 
 def newest_valid(run_dir: Path, ranks: Ranks) -> Path | None:
@@ -82,14 +79,16 @@ def _first_valid(run_dir: Path, ranks: Ranks, candidates: Callable[[], list[Path
             valid = checkpoint
             break
         damaged[checkpoint] = problem
-    if damaged and valid is None:
+    if valid is None:
+        if not damaged:
+            return None
         raise UserError(
             f"{run_dir / 'checkpoints'}: every checkpoint is damaged ({'; '.join(map(str, damaged.values()))}); put"
             " back a copy of one that is not, or begin anew with train.restart=true"
         )
     for checkpoint, problem in damaged.items():
         aside: Path = ranks.on_first(functools.partial(folder.set_aside, checkpoint))
-        warning = f"warning: {problem}; kept as {aside.name}, {valid and valid.name} is used instead"
+        warning = f"warning: {problem}; kept as {aside.name}, {valid.name} is used instead"
         # At this level it goes to the log of a rank, where there is one, and not to the terminal a second time.
         logging.getLogger(__name__).info(warning)
         ranks.say(warning)
@@ -121,7 +120,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
         seed: seeds the generators of ranks that the saving run did not have.
 
     Returns:
-        The state that `save_checkpoint` was given.
+        The state that `CheckpointSaver.save` was given.
 
     Raises:
         UserError: the checkpoint is of another model.

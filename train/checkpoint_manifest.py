@@ -33,11 +33,6 @@ def entry(content: bytes) -> Entry:
     return {"size": len(content), "blake3": blake3(content).hexdigest()}
 
 
-def file_entry(file: Path) -> Entry:
-    """What the manifest says of a file on the disk."""
-    return {"size": file.stat().st_size, "blake3": _digest(file)}
-
-
 def write_manifest(checkpoint: Path, files: Mapping[str, Entry], *, best: bool) -> None:
     """List every other file; `best` marks a state whose evaluation was the best so far."""
     write_atomic(checkpoint / MANIFEST, _encode({"format": FORMAT, "best": best, "files": dict(files)}))

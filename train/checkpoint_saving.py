@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crossguard.configs.errors import JobError
+from crossguard.configs.errors import JobError, Preempted
 from crossguard.data.shards.files import write_atomic
 from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_manifest import Entry, entry
@@ -57,7 +57,7 @@ class CheckpointSaver:
         try:
             self.finish()
         except Exception as failed:
-            if error is None:
+            if error is None or isinstance(error, Preempted):  # which says that this very step is saved
                 raise
             # The error that ends the job is told by others; it must not hide this one, nor this one that.
             logging.getLogger(__name__).exception("the last save failed")

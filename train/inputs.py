@@ -14,7 +14,7 @@ import numpy as np
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.data.loading.order import SampleOrder
-from crossguard.data.loading.plan import open_folders, plan_training, unreadable_rows
+from crossguard.data.loading.plan import Planned, continue_order, open_folders, plan_training, unreadable_rows
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.loading.refused import Refused
 from crossguard.data.shards.folder import ShardFolder
@@ -57,25 +57,17 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
     """
     run_dir = Path(config.run_dir)
     taxonomy = Taxonomy.from_config(config.taxonomy)
-    folders = ranks.on_first(lambda: _checked_folders(config, taxonomy))
+    folders = ranks.on_first(lambda: _checked_folders(config, taxonomy, ranks))
     encode = PostEncoder(config.model, taxonomy)
 
-    def plan(first_step: int, speak: bool = False) -> tuple[ShardReader, SampleOrder]:
+    def plan(first_step: int, speak: bool = False) -> Planned:
         return plan_training(config, folders, run_dir, encode, first_step=first_step, speak=speak)
 
-    first_step = 1 if saved is None else saved["first_step"]
     # The first rank counts token lengths, the others find them counted.
-    ranks.on_first(lambda: plan(first_step, speak=True)[1].num_samples)
-    reader, order = plan(first_step)
-    if saved is not None:
-        try:
-            order.go_on(saved, reader.manifest_hash, refused.rows)
-        except UserError:
-            if not config.train.new_order:
-                raise
-            refused = Refused.none()
-            reader, order = plan(step + 1)
-            ranks.say(f"train: a new sample order from step {step + 1} on")
+    ranks.on_first(lambda: plan(1, speak=True)[1].num_samples)
+    reader, order, refused = continue_order(plan, saved, refused, step, new_order=config.train.new_order)
+    if order.first_step == step + 1 > 1:
+        ranks.say(f"train: a new sample order from step {step + 1} on")
     inputs = Inputs(next(iter(folders.values())), encode, reader, order, refused)
     # One clock and one look at the folder decide what is not read.
     rows = ranks.on_first(lambda: unreadable_rows(reader, time.time()))
@@ -104,7 +96,7 @@ def missing_samples(inputs: Inputs, max_refused: float, step: int) -> list[dict[
             "split": reader.split,
             "stage": "train",
             "step": step,
-            "reason": "missing",
+            "reason": "its shard is missing",
         }
         # Those that were missing at an earlier start are named already.
         for row in np.intersect1d(rows, refused.rows[refused.since == step]).tolist()
@@ -122,12 +114,26 @@ def _check_labels(reader: ShardReader) -> None:
     )
 
 
-def _checked_folders(config: Config, taxonomy: Taxonomy) -> dict[str, ShardFolder]:
+def _checked_folders(config: Config, taxonomy: Taxonomy, ranks: Ranks) -> dict[str, ShardFolder]:
     folders = open_folders(config)
     for folder in folders.values():
         folder.manifest.check_taxonomy(taxonomy)
-        folder.check_files()
+        warn_of_lost(folder, ranks)
     return folders
+
+
+def warn_of_lost(folder: ShardFolder, ranks: Ranks) -> None:
+    """Rank 0: say at once which shards are not what was written; their samples are named when their turn comes.
+
+    Raises:
+        UserError: an index changed.
+        JobError: the storage fails.
+    """
+    if lost := folder.check_files():
+        ranks.say(
+            f"warning: {folder.location}: {len(lost)} of {len(folder.manifest.shards)} shards are missing or have "
+            f"another size, the first is {lost[0].path}"
+        )
 
 
 def _key(reader: ShardReader, row: int) -> str:

@@ -35,6 +35,8 @@ def holding() -> Iterator[None]:
         yield
     finally:
         _Rank.holding = before
+    if asked() and not _Rank.holding:  # Too late for the ranks to agree on, but what follows need not be begun.
+        os._exit(EXIT_PREEMPTED)
 
 
 def asked() -> bool:
@@ -43,7 +45,7 @@ def asked() -> bool:
 
 
 def _receive(sent: signal.Signals) -> None:
-    # A second signal must not cut short what the first one has set going.
-    if _Rank.asked is None and not _Rank.holding:
+    # Nor does a second signal cut short what the first one has set going.
+    if not _Rank.holding:
         os._exit(EXIT_PREEMPTED)
     _Rank.asked = sent

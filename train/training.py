@@ -42,7 +42,8 @@ def run_training(config: Config, ranks: Ranks) -> None:
     """
     run_dir = Path(config.run_dir)
     with run_lock(run_dir, ranks):
-        ranks.on_first(lambda: _clean(run_dir, config))
+        with preemption.holding():  # Files are moved aside one after the other.
+            ranks.on_first(lambda: _clean(run_dir, config))
         checkpoint = newest_valid(run_dir, ranks)
         saved = checkpoint_folder.read_state(checkpoint) if checkpoint else None
         if saved is not None:

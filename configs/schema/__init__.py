@@ -65,7 +65,7 @@ class Config:
         )
         if self.train.patience and not self.evaluation.every_steps:
             raise UserError("train.patience: needs evaluation.every_steps above 0")
-        if self.data.source != "synthetic" and not self.data.path and not self.data.shards:
+        if not self.data.has_posts and not self.data.shards:
             raise UserError(
                 f"data.path: not set; recipe '{self.recipe}' needs data.path=FILE_OR_FOLDER of posts"
                 " (or data.shards=DIR built before)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import above, at_least
 
 # Ranks that run on the cores of a machine, without GPUs.
@@ -25,21 +26,23 @@ class ClusterConfig:
     # Of it, what the driver, NCCL and the allocator's gaps take, in GiB.
     reserved_gib: float = 0.0
     # Peak of fp32 matrix products, in 1e12 operations a second.
-    fp32_tflops: float = 1.0
+    fp32_tflops: float = 0.0
     # Peak of bf16 matrix products without sparsity, in 1e12 operations a second.
-    bf16_tflops: float = 1.0
+    bf16_tflops: float = 0.0
     # Bandwidth of a GPU's memory, in 1e9 bytes a second.
-    memory_gb_per_s: float = 1.0
+    memory_gb_per_s: float = 0.0
     # What a GPU sends to the others of its machine, in 1e9 bytes a second and one direction.
-    intra_node_gb_per_s: float = 1.0
+    intra_node_gb_per_s: float = 0.0
     # A GPU's share of what its machine sends to others, in 1e9 bytes a second and one direction.
-    inter_node_gb_per_s: float = 1.0
+    inter_node_gb_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("cluster.nodes", self.nodes, 1)
         at_least("cluster.gpus_per_node", self.gpus_per_node, 1)
         at_least("cluster.reserved_gib", self.reserved_gib, 0)
         above("cluster.memory_gib", self.memory_gib, self.reserved_gib)
+        if self.gpu != CPU and self.memory_gib is None:
+            raise UserError(f"cluster.memory_gib: not set for cluster.gpu={self.gpu}")
         for name in (
             "fp32_tflops",
             "bf16_tflops",
@@ -47,7 +50,8 @@ class ClusterConfig:
             "intra_node_gb_per_s",
             "inter_node_gb_per_s",
         ):
-            above(f"cluster.{name}", getattr(self, name), 0)
+            if self.gpu != CPU:  # whose file has them
+                above(f"cluster.{name}", getattr(self, name), 0)
 
     @property
     def is_gpu(self) -> bool:

@@ -50,6 +50,11 @@ class DataConfig:
     # Further arguments of the source; each source lists its own.
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_posts(self) -> bool:
+        """Whether it says where posts come from; without, shards must be there."""
+        return self.source == "synthetic" or self.path is not None
+
     def __post_init__(self) -> None:
         one_of("data.source", self.source, SOURCES, or_own=True)
         at_least("data.limit", self.limit, 1)

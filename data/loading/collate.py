@@ -57,12 +57,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             if isinstance(value, Tensor):
-                values[name] = value.to(device, non_blocking=non_blocking)
+                values[name] = value.to(device, non_blocking=True)
         return Batch(**values)
 
 

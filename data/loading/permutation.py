@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -44,23 +45,18 @@ class Permutation:
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         """Where each index goes; int64, of the same shape. Every index must lie in 0 … n-1."""
-        if self.table is not None:
-            return self.table[indices]
-        result = self._encipher(np.asarray(indices, dtype=np.int64))
-        outside = np.flatnonzero(result >= self.size)
-        while outside.size:
-            result[outside] = self._encipher(result[outside])
-            outside = outside[result[outside] >= self.size]
-        return result
+        return self._walk(indices, self._encipher) if self.table is None else self.table[indices]
 
     def inverse(self, indices: np.ndarray) -> np.ndarray:
         """Where each index comes from: `inverse(self(i)) == i`."""
-        if self.table is not None:
-            return self._inverse_table[indices]
-        result = self._decipher(np.asarray(indices, dtype=np.int64))
+        return self._walk(indices, self._decipher) if self.table is None else self._inverse_table[indices]
+
+    def _walk(self, indices: np.ndarray, cipher: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Apply `cipher` until every index is below n."""
+        result = cipher(np.asarray(indices, dtype=np.int64))
         outside = np.flatnonzero(result >= self.size)
         while outside.size:
-            result[outside] = self._decipher(result[outside])
+            result[outside] = cipher(result[outside])
             outside = outside[result[outside] >= self.size]
         return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +15,12 @@ from crossguard.data.loading.encoded import Encode
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.reader import ShardReader
+from crossguard.data.loading.refused import Refused
 from crossguard.data.loading.strata import Layout
 from crossguard.data.shards.folder import ShardFolder
 
 TRAIN_SPLIT = "train"
+Planned = tuple[ShardReader, SampleOrder]
 
 
 def open_folders(config: Config) -> dict[str, ShardFolder]:
@@ -43,7 +47,7 @@ def plan_training(
     *,
     first_step: int = 1,
     speak: bool = False,
-) -> tuple[ShardReader, SampleOrder]:
+) -> Planned:
     """The training split and its order.
 
     Counts token lengths into `<run_dir>/lengths/` unless they are there: let one rank do so before the others.
@@ -70,6 +74,36 @@ def plan_training(
         first_step=first_step,
     )
     return reader, order
+
+
+def continue_order(
+    plan: Callable[[int], Planned], saved: Mapping[str, Any] | None, refused: Refused, step: int, *, new_order: bool
+) -> tuple[ShardReader, SampleOrder, Refused]:
+    """The order that goes on after `step`, and the rows that it goes around.
+
+    Args:
+        plan: `plan_training` for a given first step.
+        saved: the state of the order in the checkpoint, if there is one.
+        refused: what that order went around.
+        step: steps done.
+        new_order: where this one is another, begin it after `step`.
+
+    Raises:
+        UserError: it is another order, and no new one is asked for.
+    """
+    if saved is None:
+        return *plan(1), refused
+    reader, order = plan(saved["first_step"])
+    try:
+        order.go_on(saved, reader.manifest_hash, refused.rows)
+    except UserError:
+        if not new_order:
+            raise
+        if saved["manifest"] != reader.manifest_hash:  # other rows
+            refused = Refused.none()
+        reader, order = plan(step + 1)
+        order.refuse(refused.rows)
+    return reader, order, refused
 
 
 def unreadable_rows(reader: ShardReader, now: float) -> np.ndarray:

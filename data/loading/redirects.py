@@ -3,7 +3,7 @@
 The samples of a stratum stand on a circle in a keyed order; the place of a refused one goes to the next on the circle
 that is not refused. So it makes no difference whether a sample was known to be bad when the order was made or was found
 to be when it was read, all ranks agree without a word, and the rule can be run backwards. Where all of a stratum is
-refused, the circle of the whole split decides.
+refused, the circle of the whole split decides, datasets of weight 0 included.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Redirects:
         strata: of the split.
         seed: chooses the circles.
         refused: int64[R], sorted, without duplicates.
+        per_stratum: int64[S], how many of each stratum are refused.
 
     Raises:
         UserError: nothing is left to read.

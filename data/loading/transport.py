@@ -63,7 +63,10 @@ class Places:
         parts = [np.frombuffer(content, dtype=np.uint8) for content in contents]
         sizes = [len(part) for part in parts]
         if sum(map(_aligned, sizes)) > PLACE_BYTES:
-            raise JobError(f"a batch of {sum(sizes)} bytes, the most is {PLACE_BYTES}; lower train.micro_batch_size")
+            raise JobError(
+                f"a batch of {sum(sizes)} bytes, the most is {PLACE_BYTES}; lower train.micro_batch_size or "
+                "evaluation.batch_size"
+            )
         for part, target in zip(parts, self._parts(place, sizes), strict=True):
             target[:] = part
         return sizes

@@ -140,8 +140,8 @@ class _Worker:
         except (EOFError, ConnectionError):
             self.process.join()
             raise JobError(
-                f"a process that reads for training has ended (status {self.process.exitcode}); status -9 is often "
-                "too little memory: lower train.num_workers or train.micro_batch_size"
+                f"a process that reads posts has ended (status {self.process.exitcode}); status -9 is often too little "
+                "memory: lower train.num_workers, train.micro_batch_size or evaluation.batch_size"
             ) from None
 
 
@@ -169,7 +169,7 @@ def _answer(work: Work, places: Places, place: int, task: Any) -> tuple[int, lis
     except JobError as error:
         return error
     except Exception:
-        return RuntimeError(f"in a process that reads for training:\n{traceback.format_exc()}")
+        return RuntimeError(f"in a process that reads posts:\n{traceback.format_exc()}")
 
 
 def _context(preload: str) -> ForkServerContext:

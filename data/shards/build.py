@@ -23,7 +23,7 @@ from crossguard.data.shards.plan import Plan, make_plan
 from crossguard.data.shards.scan import scan
 from crossguard.data.shards.workspace import Workspace
 from crossguard.data.shards.writer import BUILD_FOLDER, DoneShard, ShardTask, read_done, write_shard
-from crossguard.data.sources import Source, open_source
+from crossguard.data.sources import Source, fingerprint_of, open_source
 from crossguard.data.taxonomy import Taxonomy
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ def build_shards(
                 return parent
             plan = _unfinished(workspace, inputs, parent)
             if plan is None:
-                plan = _scan(config, workspace, source, inputs, parent, executor, time.time() if now is None else now)
+                moment = time.time() if now is None else now
+                plan = _scan(config, workspace, source, taxonomy, inputs, parent, executor, moment)
             done = _write(plan, shards_dir, executor)
             _quarantine(quarantine_path, done)
             _check_refused(done, plan, parent, config, quarantine_path)
@@ -82,8 +83,7 @@ def build_shards(
 
 def _built_elsewhere(config: Config, shards_dir: Path, taxonomy: Taxonomy) -> Manifest | None:
     """Shards that are there already, where nothing says where their posts are."""
-    known_posts = config.data.path is not None or config.data.source == "synthetic"
-    if known_posts or not (shards_dir / manifests.FILE_NAME).exists():
+    if config.data.has_posts or not (shards_dir / manifests.FILE_NAME).exists():
         return None
     finished = Manifest.load(shards_dir)
     finished.check_taxonomy(taxonomy)
@@ -91,18 +91,10 @@ def _built_elsewhere(config: Config, shards_dir: Path, taxonomy: Taxonomy) -> Ma
 
 
 def _inputs_hash(config: Config, taxonomy: Taxonomy, source: Source) -> str:
-    """A hash of all that decides the bytes.
-
-    Raises:
-        UserError: a file of the posts cannot be read.
-    """
-    try:
-        fingerprint = source.fingerprint()
-    except OSError as error:
-        raise UserError(f"data.path: {error.filename or config.data.path} cannot be read ({error.strerror})") from error
+    """A hash of all that decides the bytes; raises as `fingerprint_of` does."""
     decides = {
         "format": manifests.FORMAT,
-        "posts": fingerprint,
+        "posts": fingerprint_of(source, config.data),
         "taxonomy": taxonomy.to_json(),
         "limit": config.data.limit,
         "samples_per_shard": config.build.samples_per_shard,
@@ -147,15 +139,13 @@ def _scan(
     config: Config,
     workspace: Workspace,
     source: Source,
+    taxonomy: Taxonomy,
     inputs: str,
     parent: Manifest | None,
     executor: Executor,
     now: float,
 ) -> Plan:
     """Read, check and spool all posts, and plan the shards of those that the parent does not hold."""
-    taxonomy = Taxonomy.from_config(config.taxonomy)
-    if parent:
-        parent.check_taxonomy(taxonomy)
     spool = spools.SpoolWriter(workspace.path / spools.FILE_NAME, taxonomy.names)
     try:
         scan(source, taxonomy, Splitter(config.build.splits), spool, now, config.build.max_errors_listed)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 BLOCK = 512
-_NAME, _SIZE, _CHECKSUM, _TYPE, _MAGIC, _PREFIX = (
+END_OF_TAR = bytes(2 * BLOCK)
+NAME, SIZE, CHECKSUM, TYPE, _MAGIC, _PREFIX = (
     slice(0, 100),
     slice(124, 136),
     slice(148, 156),
@@ -43,15 +44,15 @@ def read_header(data: bytes | memoryview, offset: int) -> Header:
     block = bytes(data[offset : offset + BLOCK])
     if len(block) < BLOCK:
         raise ValueError("cut short")
-    if sum(block) - sum(block[_CHECKSUM]) + _SPACES != int(block[_CHECKSUM].rstrip(b"\0 ") or b"0", 8):
+    if sum(block) - sum(block[CHECKSUM]) + _SPACES != int(block[CHECKSUM].rstrip(b"\0 ") or b"0", 8):
         raise ValueError("a header whose checksum is wrong")
-    name = block[_NAME].partition(b"\0")[0]
+    name = block[NAME].partition(b"\0")[0]
     if block[_MAGIC] == b"ustar\0" and block[_PREFIX][0]:
         name = block[_PREFIX].partition(b"\0")[0] + b"/" + name
     # From 8 GiB on, GNU tar writes a size as a binary number with the highest bit set.
-    binary = block[_SIZE][0] & 0x80
-    size = int.from_bytes(block[_SIZE][1:], "big") if binary else int(block[_SIZE].rstrip(b"\0 ") or b"0", 8)
-    kind = block[_TYPE]
+    binary = block[SIZE][0] & 0x80
+    size = int.from_bytes(block[SIZE][1:], "big") if binary else int(block[SIZE].rstrip(b"\0 ") or b"0", 8)
+    kind = block[TYPE]
     return Header(name, b"0" if kind == b"\0" else kind, offset + BLOCK, size)
 
 

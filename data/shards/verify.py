@@ -23,11 +23,10 @@ from crossguard.data.shards.files import descriptor_sha256
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
 from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, version_name
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from crossguard.data.shards.members import BLOCK, Header, read_header
+from crossguard.data.shards.members import END_OF_TAR, Header, read_header
 from crossguard.data.shards.plan import stratum_of
 from crossguard.data.shards.writer import BUILD_FOLDER
 
-_END_OF_TAR = bytes(2 * BLOCK)
 _BITS = {"txt": TEXT} | {
     extension: bit
     for extensions, bit in ((IMAGE_EXTENSIONS, IMAGE), (VIDEO_EXTENSIONS, VIDEO), (AUDIO_EXTENSIONS, AUDIO))
@@ -212,7 +211,7 @@ def _rows_start() -> int:
 def _rows_of(task: ShardTask, tar: memoryview) -> tuple[np.ndarray, Damage | None]:
     """The index that follows from a tar, and what keeps the tar from being a shard."""
     rows, offset = [], 0
-    while offset < len(tar) - len(_END_OF_TAR):
+    while offset < len(tar) - len(END_OF_TAR):
         try:
             row, offset = _row_at(task, tar, offset)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -220,7 +219,7 @@ def _rows_of(task: ShardTask, tar: memoryview) -> tuple[np.ndarray, Damage | Non
             what = str(error) if type(error) is ValueError else type(error).__name__
             return np.zeros(0, INDEX_DTYPE), Damage(task.shard.path, "", f"the sample at byte {offset}: {what}")
         rows.append(row)
-    if tar[offset:] != _END_OF_TAR:
+    if tar[offset:] != END_OF_TAR:
         return np.zeros(0, INDEX_DTYPE), Damage(task.shard.path, "", "does not end as a tar does")
     index = np.array(rows, dtype=INDEX_DTYPE)
     return index[np.lexsort((index["key"], index["stratum"]))], None
@@ -266,7 +265,7 @@ def _row_at(task: ShardTask, tar: memoryview, offset: int) -> tuple[tuple[int | 
 
 def _members(tar: memoryview, offset: int, key: bytes) -> Iterator[Header]:
     """The further members of a sample."""
-    while offset < len(tar) - len(_END_OF_TAR):
+    while offset < len(tar) - len(END_OF_TAR):
         member = read_header(tar, offset)
         if not member.name.startswith(key + b".") or member.name == key + b".json":
             return

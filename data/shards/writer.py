@@ -28,6 +28,7 @@ from crossguard.data.shards.media import (
     image_kind,
     read_file,
 )
+from crossguard.data.shards.members import CHECKSUM, END_OF_TAR, SIZE
 from crossguard.data.shards.plan import PlannedShard, load_rows
 from crossguard.data.shards.spool import FILE_NAME, SpoolReader, read_description
 
@@ -36,11 +37,9 @@ DONE_FOLDER = "done"
 
 # The header of a member (POSIX.1-1988 ustar) but for name, size and checksum, which is taken with spaces in its place:
 # filling in three fields is four times faster than having `tarfile` write all sixteen.
-_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
 _HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
 _HEADER[100:108] = b"0000444\0"  # readable by all
-_HEADER[_CHECKSUM] = b" " * 8
-_END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
+_HEADER[CHECKSUM] = b" " * 8
 _COPIED = ("key", "expires_at", "stratum", "text_bytes", "modalities")
 
 
@@ -118,8 +117,8 @@ def _write_tar(file: BinaryIO, rows: np.ndarray, reader: SampleReader) -> tuple[
         file.write(sample)
         hasher.update(sample)
         offset += len(sample)
-    file.write(_END_OF_TAR)
-    hasher.update(_END_OF_TAR)
+    file.write(END_OF_TAR)
+    hasher.update(END_OF_TAR)
     index = np.zeros(len(kept), dtype=INDEX_DTYPE)
     for name in _COPIED:
         index[name] = rows[name][kept]
@@ -199,6 +198,6 @@ def _member(name: str, data: bytes) -> bytes:
     """A file of a tar: header, content, padding to whole blocks. Without time or owner, so that bytes repeat."""
     header = bytearray(_HEADER)
     header[: len(name)] = name.encode()
-    header[_SIZE] = b"%011o\0" % len(data)
-    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    header[SIZE] = b"%011o\0" % len(data)
+    header[CHECKSUM] = b"%06o\0 " % sum(header)
     return bytes(header) + data + bytes(-len(data) % tarfile.BLOCKSIZE)

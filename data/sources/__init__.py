@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.own_parts import load_own
+from crossguard.configs.own_parts import load_own, naming
 from crossguard.configs.schema.data import DataConfig
 from crossguard.data.sources.base import Record, Source
 from crossguard.data.taxonomy import Taxonomy
@@ -29,14 +29,21 @@ def open_source(config: DataConfig, taxonomy: Taxonomy, seed: int) -> Source:
         module = importlib.import_module(f"crossguard.data.sources.{config.source}")
         source = getattr(module, _BUILT_IN[config.source])
     else:
-        source = load_own(config.source, "data.source")
-    try:
-        opened: Source = source(config, taxonomy, seed)
-    except TypeError as error:
-        raise UserError(
-            f"data.source={config.source}: cannot be constructed with (config, taxonomy, seed): {error}"
-        ) from error
+        source = naming(load_own(config.source, "data.source"), f"data.source={config.source}")
+    opened: Source = source(config, taxonomy, seed)
     return opened
 
 
-__all__ = ["Record", "Source", "open_source"]
+def fingerprint_of(source: Source, config: DataConfig) -> str:
+    """Changes with the posts.
+
+    Raises:
+        UserError: a file of them cannot be read.
+    """
+    try:
+        return source.fingerprint()
+    except OSError as error:
+        raise UserError(f"data.path: {error.filename or config.path} cannot be read ({error.strerror})") from error
+
+
+__all__ = ["Record", "Source", "fingerprint_of", "open_source"]

@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig
 from crossguard.configs.schema.model import ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
+from crossguard.data.shards.index import VERSION as INDEX_VERSION
+from crossguard.data.shards.manifest import FORMAT
 
 POSTS = 1536
 BATCH = 32
@@ -57,9 +59,14 @@ def config(folder: Path) -> Config:
     )
 
 
+def _marker(folder: Path) -> Path:
+    """Stands when everything is there, in today's format."""
+    return folder / f"complete-{FORMAT}-{INDEX_VERSION}"
+
+
 def prepare(folder: Path) -> None:
     """Write the posts in every format, unless they are there."""
-    if (folder / "complete").exists():
+    if _marker(folder).exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     raw = folder / "raw"
@@ -71,7 +78,7 @@ def prepare(folder: Path) -> None:
     _write_shards(folder)
     _write_mds(folder, posts)
     _write_litdata(folder)
-    (folder / "complete").touch()
+    _marker(folder).touch()
 
 
 def _write_post(raw: Path, number: int) -> dict[str, Any]:

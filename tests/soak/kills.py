@@ -20,20 +20,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers.models.bert.modeling_bert
-from rank_training import arguments, write_job
+import transformers.models.bert.modeling_bert  # noqa: F401 - the same
+from rank_training import arguments, write_shards
 
 from crossguard.configs.compose import compose
 from crossguard.data.loading import queries
-from crossguard.data.shards.build import build_shards
-from crossguard.recipes.sample_queries import _open
+from crossguard.recipes.sample_queries import open_run
 from crossguard.train import __main__ as entry
-from crossguard.train import training
+from crossguard.train import training  # noqa: F401 - what forked ranks would otherwise import one by one
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 from crossguard.train.ranks import end_process
 
-# What forked ranks need and would otherwise import one by one.
-IMPORTED = (training, transformers.models.bert.modeling_bert)
 TOLERANCE = 0.02
 # How long the others may live on when one rank was killed.
 SECONDS_TO_END = 30.0
@@ -151,7 +148,7 @@ def lines(file: Path) -> list[dict]:
 def check_ids(folder: Path, run_dir: str, last: int) -> None:
     """Every step was delivered once, with the samples of `preview`."""
     config = compose([*arguments(folder, run_dir, *SETTINGS, *NO_DROPOUT), f"train.max_steps={last}"])
-    reader, order, refused, _ = _open(config)
+    reader, order, refused, _ = open_run(config)
     of_ranks = [lines(folder / run_dir / "samples" / f"rank-{rank:05d}.jsonl") for rank in range(2)]
     assert all(len({line["step"] for line in one}) == len(one) for one in of_ranks), "a step stands twice"
     first, second = ({line["step"]: line["ids"] for line in one} for one in of_ranks)
@@ -188,8 +185,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     folder: Path = asked.folder.resolve()
-    write_job(folder)
-    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    write_shards(folder)
     draw = random.Random(asked.seed)
     last = survive(folder, "changing", asked.kills, True, draw)
     run(folder, "whole-changing", last, [*SETTINGS, *NO_DROPOUT])

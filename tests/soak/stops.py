@@ -14,10 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from rank_models import run_ranks
-from rank_training import arguments, write_job
-
-from crossguard.configs.compose import compose
-from crossguard.data.shards.build import build_shards
+from rank_training import write_shards
 
 # The signal comes up to so many seconds after its phase has begun: it may hit the next one as well.
 SPREAD = 0.05
@@ -30,8 +27,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10)
     asked = parser.parse_args()
     folder: Path = asked.folder.resolve()
-    write_job(folder)
-    build_shards(compose(arguments(folder, "build")), folder / "shards", folder / "build" / "quarantine.jsonl")
+    write_shards(folder)
     ranks = Path(__file__).parent.parent / "rank_preemption.py"
     printed = run_ranks(2, ranks, str(folder), str(asked.times), str(SPREAD), timeout=7200)
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]

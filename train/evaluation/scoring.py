@@ -7,7 +7,7 @@ the last digit of a score depends on it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -56,48 +56,36 @@ def score_split(
         JobError: a score is not finite.
         Preempted: a rank was asked to stop; on all ranks.
     """
-    with preemption.holding(), watchdog.resting_after():
-        watchdog.phase("evaluation")
-        predictions = _score(model, encode, reader, rows, ranks, batch_size, num_workers, on_refused, title)
+    dealt = _deal(reader, rows, batch_size, ranks.world_size)
+    loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
+    with (
+        preemption.holding(),
+        watchdog.resting_after(),
+        closing(iter(loader)) as batches,
+        progress(title, len(rows), "posts", speak=bool(title) and ranks.is_first) as shown,
+    ):
+        model.eval()
+        parts: list[Predictions] = []
+        for count in _posts_of_passes(dealt, batch_size):
+            watchdog.phase("evaluation")
+            parts += _score_next(model, encode, batches, ranks)
+            shown.advance(count)
+            _check_not_preempted(ranks.any(preemption.asked()))
+        everyone = ranks.gather((preemption.asked(), parts))
+        _check_not_preempted(any(asked for asked, _ in everyone))
+    predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*(scored for _, scored in everyone)))
     _check_finite(predictions, reader.split)
     return predictions
 
 
-def _score(
-    model: nn.Module,
-    encode: PostEncoder,
-    reader: ShardReader,
-    rows: np.ndarray,
-    ranks: Ranks,
-    batch_size: int,
-    num_workers: int,
-    on_refused: Callable[[dict[str, Any]], None],
-    title: str,
-) -> Predictions:
-    dealt = _deal(reader, rows, batch_size, ranks.world_size)
-    loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
-    parts = []
-    model.eval()
-    speak = bool(title) and ranks.is_first
-    with (
-        torch.no_grad(),
-        # Convolutions in full fp32 on GPUs too, as on CPUs.
-        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
-        closing(iter(loader)) as batches,
-        progress(title, len(rows), "posts", speak=speak) as shown,
-    ):
-        for count in _posts_of_passes(dealt, batch_size):
-            batch = next(batches, None)
-            scored = batch or _filler(encode)
-            logits = model(scored.to(ranks.device))
-            if batch is not None:
-                parts.append(_predictions(encode.taxonomy.names, batch, logits))
-            shown.advance(count)
-            _check_not_preempted(ranks.any(preemption.asked()))
-            watchdog.phase("evaluation")
-    everyone = ranks.gather((preemption.asked(), parts))
-    _check_not_preempted(any(asked for asked, _ in everyone))
-    return Predictions.gather(encode.taxonomy.names, itertools.chain(*(scored for _, scored in everyone)))
+def _score_next(model: nn.Module, encode: PostEncoder, batches: Iterator[Batch], ranks: Ranks) -> list[Predictions]:
+    """Score this rank's next batch; a rank that has none left still runs the model, which others may be waiting for."""
+    batch = next(batches, None)
+    # Convolutions in full fp32 on GPUs too, as on CPUs.
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with torch.no_grad(), exact:
+        logits = model((batch or _filler(encode)).to(ranks.device))
+    return [] if batch is None else [_predictions(encode.taxonomy.names, batch, logits)]
 
 
 def _check_not_preempted(asked: bool) -> None:

@@ -19,7 +19,7 @@ from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import watchdog
-from crossguard.train.checkpoint import best_or_latest, best_valid, load_weights
+from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.metrics import evaluate_predictions
@@ -28,6 +28,7 @@ from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logis
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.splits import TRAIN, evaluated_splits
+from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
@@ -74,7 +75,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             model = load_config(folder / "config.yaml").model
             scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, ranks)
         if ranks.is_first:
-            _measure(run_dir, config, posts, scored, [folder.name for folder in ablations])
+            _measure(run_dir, checkpoint, config, posts, scored, [folder.name for folder in ablations])
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
@@ -82,7 +83,7 @@ def _open_posts(config: Config, ranks: Ranks) -> Posts:
     manifest = folder.manifest
     taxonomy = Taxonomy.from_config(config.taxonomy)
     manifest.check_taxonomy(taxonomy)
-    ranks.on_first(folder.check_files)
+    ranks.on_first(lambda: warn_of_lost(folder, ranks))
     splits = evaluated_splits(config, manifest)
     now = ranks.broadcast(time.time())  # One clock decides which posts have expired.
     readers = {split: ShardReader([folder], split) for split in manifest.splits}
@@ -129,14 +130,16 @@ def _quarantine(file: Path, refused: list[dict[str, Any]]) -> None:
     log.close()
 
 
-def _measure(run_dir: Path, config: Config, posts: Posts, scored: dict[str, Scored], ablations: list[str]) -> None:
+def _measure(
+    run_dir: Path, checkpoint: Path, config: Config, posts: Posts, scored: dict[str, Scored], ablations: list[str]
+) -> None:
     """Rank 0: metrics.json and report.html, from the predictions alone."""
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
     metrics: dict[str, Any] = {
         "splits": _metrics(scored[MODEL], config),
-        "checkpoint": {"step": step_of(best_or_latest(run_dir))},
+        "checkpoint": {"step": step_of(checkpoint)},
         "shards": posts.folder.manifest.sha256,
     }
     if ablations:

@@ -32,16 +32,9 @@ def load_encoder(name: str, role: Role) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModel
 
     key = f"model.{role}.pretrained={name}"
-    try:
+    with _opening(key), _quiet():
         config = _tower_config(AutoConfig.from_pretrained(name), role)
-        with _quiet():
-            encoder, info = AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: neither a folder with a model nor one that the hub has ({_first_line(error)})"
-        ) from error
+        encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     # A pooler is made anew for many checkpoints; it is not used here.
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if missing:
@@ -99,12 +92,17 @@ def pretrained_config(name: str, role: Role) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    try:
+    with _opening(f"model.{role}.pretrained={name}"):
         return _as_values(_tower_config(AutoConfig.from_pretrained(name), role))
+
+
+@contextmanager
+def _opening(key: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.{role}.pretrained={name}: neither a folder with a model nor one that the hub has "
-            f"({_first_line(error)})"
+            f"{key}: neither a folder with a model nor one that the hub has ({_first_line(error)})"
         ) from error
 
 

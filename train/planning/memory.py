@@ -288,7 +288,7 @@ def _check(case: Case, sizes: Sizes) -> Phase:
     """Gradients of the pass that finds unused parameters; it runs before the model goes to a GPU."""
     if not case.on_cpu:
         return {}
-    return {"gradients": Term(FP32 * sizes.trainable, FP32 * (sizes.heap_trainable + sizes.heap_parameters))}
+    return {"gradients": Term(FP32 * sizes.trainable)}
 
 
 def _host(case: Case, sizes: Sizes) -> float:

@@ -50,7 +50,7 @@ class Trace:
 
 
 def trace_step(model: nn.Module, batch: Batch, *, bf16: bool) -> Trace:
-    """Run the model forward and backward on a batch of shapes (`shapes.shapes_only`).
+    """Run the model forward and backward on a batch of shapes (`shapes.batch_of_shapes`).
 
     Args:
         model: of shapes; left without gradients.
