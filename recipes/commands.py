@@ -19,6 +19,7 @@ def run(argv: list[str]) -> None:
         _build(job)
     _do(TRAIN, job)
     for name, ablation in ablations.items():
+        print(f"train: ablation {name}", flush=True)
         _do(TRAIN, ablation, f" (ablation {name})")
     _do(EVALUATE, job)
     _do(EXPORT, job)

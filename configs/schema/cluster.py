@@ -42,7 +42,10 @@ class ClusterConfig:
         at_least("cluster.reserved_gib", self.reserved_gib, 0)
         above("cluster.memory_gib", self.memory_gib, self.reserved_gib)
         if self.gpu != CPU and self.memory_gib is None:
-            raise UserError(f"cluster.memory_gib: not set for cluster.gpu={self.gpu}")
+            raise UserError(
+                f"cluster.memory_gib: not set for cluster.gpu={self.gpu}; its file must say it, and a recipe names the "
+                f"file in its defaults (override /cluster: {self.gpu})"
+            )
         for name in (
             "fp32_tflops",
             "bf16_tflops",
