@@ -64,8 +64,8 @@ def open_validation(
             logger.warning("step %d: validation does not define %s", step, config.checkpoint.metric)
             engine.ranks.say(
                 f"train: checkpoint.metric={config.checkpoint.metric} is not defined on the validation split at step "
-                f"{step} (fewer positives or negatives than evaluation.min_positives, or no such metric; see metrics.jsonl); the "
-                f"last checkpoint stands in for the best one"
+                f"{step} (fewer positives or negatives than evaluation.min_positives, or no such metric; see "
+                "metrics.jsonl); the last checkpoint stands in for the best one"
             )
         return value
 
