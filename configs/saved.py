@@ -19,6 +19,7 @@ from crossguard.configs.schema import Config
 # Fields that may hold a path, or paths by name.
 PATHS = (
     "run_dir",
+    "checkpoint.copy_to",
     "data.path",
     "data.shards",
     "data.cache.dir",

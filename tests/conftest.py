@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from s3_server import moto, server  # noqa: F401
 
 # One thread a process, as ranks have it: results then do not depend on the machine's cores. CUDA is hidden, since what
 # the tests compare was computed on CPU. The environment's programs come first: DeepSpeed builds its operator anew when

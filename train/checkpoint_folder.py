@@ -32,7 +32,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Every checkpoint of a run directory, damaged or not, oldest first."""
     folder = run_dir / "checkpoints"
     found = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
+    return sorted((path for path in found if is_name(path.name)), key=step_of)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -72,6 +72,11 @@ def step_of(checkpoint: Path) -> int:
 def folder_name(step: int) -> str:
     """step-00000100"""
     return f"step-{step:08d}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return re.fullmatch(r"step-\d{8,}", name) is not None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -50,16 +50,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         content = file.read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(f"{file}: unreadable ({error.strerror})") from None
+    return parse_manifest(content, str(file))
+
+
+def parse_manifest(content: bytes, place: str) -> dict[str, Any]:
+    """The manifest in these bytes, which were read at `place`; raises as `read_manifest`."""
     try:
         manifest: dict[str, Any] = json.loads(content)
         stated = manifest.pop("blake3", None)
     except (ValueError, AttributeError, TypeError):
-        raise DamagedCheckpoint(f"{file}: altered, it is no JSON any more") from None
+        raise DamagedCheckpoint(f"{place}: altered, it is no JSON any more") from None
     whole = content == _encode(manifest)
     if manifest.get("format") != FORMAT and (whole or stated is None):
-        raise UserError(f"{file}: format {manifest.get('format')}, this version of crossguard reads {FORMAT}")
+        raise UserError(f"{place}: format {manifest.get('format')}, this version of crossguard reads {FORMAT}")
     if not whole:
-        raise DamagedCheckpoint(f"{file}: altered, its content has another hash")
+        raise DamagedCheckpoint(f"{place}: altered, its content has another hash")
     return manifest
 
 

@@ -21,6 +21,7 @@ import torch
 from crossguard.configs.errors import JobError, Preempted
 from crossguard.data.shards.files import write_atomic
 from crossguard.train import checkpoint_folder as folder
+from crossguard.train.checkpoint_copies import CheckpointCopies
 from crossguard.train.checkpoint_manifest import Entry, entry
 from crossguard.train.fragment_file import write_tensors
 from crossguard.train.fragments import model_fingerprint, optimizer_steps, owned_fragments, tensor_shapes
@@ -39,10 +40,19 @@ class CheckpointSaver:
         engine: whose weights and moments are saved.
         keep_last: how many of the newest checkpoints stay.
         in_background: `save` returns as soon as the state is copied.
+        copies: where a complete one is copied to, if anywhere.
     """
 
-    def __init__(self, run_dir: Path, engine: Engine, *, keep_last: int, in_background: bool = False):
-        self._run_dir, self._engine, self._keep_last = run_dir, engine, keep_last
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        *,
+        keep_last: int,
+        in_background: bool = False,
+        copies: CheckpointCopies | None = None,
+    ):
+        self._run_dir, self._engine, self._keep_last, self._copies = run_dir, engine, keep_last, copies
         self._ranks = engine.ranks.beside() if in_background else engine.ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._pending: Future[None] | None = None
@@ -75,8 +85,8 @@ class CheckpointSaver:
             best: this state's evaluation is the best so far.
 
         Raises:
-            JobError: a rank could not write (a full disk), this state or, in the background, the one before; earlier
-                checkpoints are untouched.
+            JobError: a rank could not write (a full disk) or copy, this state or, in the background, the one before;
+                earlier checkpoints are untouched.
         """
         self.finish()
         engine, rank, step = self._engine, self._ranks.rank, state["step"]
@@ -124,6 +134,8 @@ class CheckpointSaver:
         entries = {name: stated for _, part in everyone for name, stated in part.items()}
         failure = next((failure for failure, _ in everyone if failure is not None), None)
         ranks.on_first(lambda: self._commit(staging, step, entries, best, failure))
+        if self._copies is not None:
+            self._copies.put(staging.with_name(folder.folder_name(step)), written, ranks)
 
     def _open_staging(self, step: int) -> Path:
         try:

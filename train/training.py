@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain, save_config
 from crossguard.configs.schema import Config
@@ -16,6 +18,7 @@ from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.refused import FILE_NAME, Refused
 from crossguard.train import checkpoint_folder, preemption, watchdog
 from crossguard.train.checkpoint import load_checkpoint, newest_valid
+from crossguard.train.checkpoint_copies import CheckpointCopies
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
 from crossguard.train.inputs import Inputs, open_inputs
@@ -78,7 +81,11 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     saver = CheckpointSaver(
-        run_dir, engine, keep_last=config.checkpoint.keep_last, in_background=config.checkpoint.async_save
+        run_dir,
+        engine,
+        keep_last=config.checkpoint.keep_last,
+        in_background=config.checkpoint.async_save,
+        copies=_copies(config),
     )
     with (
         preemption.holding(),
@@ -139,12 +146,27 @@ def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path 
     return engine
 
 
+def _copies(config: Config) -> CheckpointCopies | None:
+    return CheckpointCopies(config.checkpoint.copy_to) if config.checkpoint.copy_to else None
+
+
 def _clean(run_dir: Path, config: Config) -> None:
-    """Rank 0: a fresh start where one is asked for, and no remains of a killed save."""
+    """Rank 0: a fresh start where one is asked for, no remains of a killed save, and what other machines saved."""
+    copies = _copies(config)
+    newest = copies.newest_state() if copies is not None else None
+    if config.train.restart and newest is not None:
+        raise UserError(
+            f"train.restart=true: checkpoint.copy_to={config.checkpoint.copy_to} holds checkpoints of the run that is"
+            " to begin anew; name another folder, or empty that one"
+        )
     if config.train.restart:
         checkpoint_folder.move_aside(run_dir)
     checkpoint_folder.remove_staging(run_dir)
     checkpoint_folder.point(run_dir)
+    if copies is not None and newest is not None:
+        check_resumable(newest["config"], as_plain(config), copies.url, new_order=config.train.new_order)
+        for taken in copies.take(run_dir):
+            print(f"train: {taken.name} is taken from {copies.url}", file=sys.stderr, flush=True)
 
 
 def _open_run_dir(run_dir: Path, config: Config, state: TrainState) -> None:

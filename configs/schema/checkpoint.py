@@ -17,6 +17,9 @@ class CheckpointConfig:
     async_save: bool = False
     # How many of the newest checkpoints are kept.
     keep_last: int = 2
+    # A folder of this run alone, by URL (s3://bucket/run) or path, to which every checkpoint is copied when it is
+    # complete; a start takes from there those that the run directory lacks.
+    copy_to: str | None = None
     # The metric of the validation evaluation that names the best checkpoint, which is kept, evaluated and exported:
     # a dotted path in metrics.json's split, e.g. macro.average_precision or policies.hate.all.auroc.
     metric: str = "macro.average_precision"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +39,11 @@ class Remote:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Path -> bytes of the files in a folder, as they are now; empty when there is no such folder."""
+        return {f"{folder}/{name}": entry["size"] for name, entry in self._listing(folder, "file").items()}
 
-        def listing(store: Any, full: str) -> dict[str, int]:
-            store.invalidate_cache()
-            entries = [entry for entry in store.ls(full, detail=True) if entry["type"] == "file"]
-            return {f"{folder}/{entry['name'].rpartition('/')[2]}": entry["size"] for entry in entries}
-
-        try:
-            return self._do(folder, listing)
-        except FileNotFoundError:
-            return {}
+    def folders(self) -> list[str]:
+        """The names of the folders, as they are now."""
+        return sorted(self._listing("", "directory"))
 
     def download(self, path: str, target: Path) -> None:
         """Write a file's content to `target`."""
@@ -63,6 +59,24 @@ class Remote:
             store.put_file(str(source), full)
 
         self._do(path, put)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, or a folder with all that is in it, where it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._do(path, lambda store, full: store.rm(full, recursive=True))
+
+    def _listing(self, folder: str, kind: str) -> dict[str, Any]:
+        """Name -> entry of what is in a folder of a kind; empty when there is no such folder."""
+
+        def listing(store: Any, full: str) -> dict[str, Any]:
+            store.invalidate_cache()
+            entries = store.ls(full.rstrip("/"), detail=True)
+            return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["type"] == kind}
+
+        try:
+            return self._do(folder, listing)
+        except FileNotFoundError:
+            return {}
 
     def _do(self, path: str, act: Callable[[Any, str], T], towards: str = "") -> T:
         place = f"{self.url}/{path}{towards}"
