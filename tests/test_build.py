@@ -103,14 +103,15 @@ def test_strata_are_language_by_rarest_policy_of_the_training_split(tmp_path: Pa
 
     # In training, hate is more frequent than spam; in the test split it is the other way round.
     posts = [post(0, "train", 1, 0), post(1, "train", 0.5, None), post(2, "train", 1, 1), post(3, "train", 0.4, 0)]
+    posts += [post(4, "train", None, 0), post(5, "train", None, None)]  # unknown is not benign
     posts += [post(number, "test", 0, 1) for number in range(10, 15)] + [post(20, "test", None, None)]
     manifest = build(make_config(write_lines(tmp_path / "p.jsonl", posts)), tmp_path / "run")
     assert manifest.rarity == ("spam", "hate")
-    assert manifest.strata == ("de/benign", "de/hate", "de/spam")
+    assert manifest.strata == ("de/benign", "de/hate", "de/spam", "de/unknown")
     totals: Counter[str] = Counter()
     for shard in manifest.shards_of("train"):
         totals.update(shard.strata)
-    assert totals == {"de/benign": 1, "de/hate": 2, "de/spam": 1}
+    assert totals == {"de/benign": 2, "de/hate": 2, "de/spam": 1, "de/unknown": 1}
 
 
 def test_the_limit_takes_the_posts_with_the_smallest_keys(tmp_path: Path) -> None:

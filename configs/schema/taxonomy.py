@@ -28,8 +28,8 @@ DSA_CATEGORIES = (
     "VIOLENCE",
 )
 
-# What strata call a post without any violation.
-BENIGN = "benign"
+# What strata call a post without a known violation: benign where a label says so, unknown where there is no label.
+BENIGN, UNKNOWN = "benign", "unknown"
 
 
 @dataclass
@@ -65,7 +65,8 @@ class TaxonomyConfig:
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise UserError(f"taxonomy.policies: '{doubled[0]}' stands twice")
-        if BENIGN in names:
-            raise UserError(f"taxonomy.policies: '{BENIGN}' is no policy: it is a post whose labels are all 0")
+        for name, what in ((BENIGN, "a post that violates nothing"), (UNKNOWN, "a post without any known label")):
+            if name in names:
+                raise UserError(f"taxonomy.policies: '{name}' is no policy: it is {what}")
         if not names:
             raise UserError("taxonomy.policies: empty; choose one with taxonomy=NAME or list policies in the recipe")

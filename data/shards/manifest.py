@@ -15,7 +15,7 @@ from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.taxonomy import Taxonomy
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "manifest.json"
 VERSIONS_FOLDER = "manifests"  # of earlier manifests, by their hashes
 
@@ -48,7 +48,7 @@ class Manifest:
 
     taxonomy: Taxonomy
     rarity: tuple[str, ...]  # the policies, rarest first in the training split
-    strata: tuple[str, ...]  # "<language>/<policy>" or "<language>/benign"; an index row names one by its number
+    strata: tuple[str, ...]  # "<language>/<policy or benign or unknown>"; an index row names one by its number
     shards: tuple[ShardInfo, ...]  # those of the parent, then new ones in the order of their paths
     left_out: dict[str, int]  # posts that were not written, by the rule that left them out
     refused: int  # posts that were not written because their media is missing or corrupt

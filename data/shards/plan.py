@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossguard.configs.schema.taxonomy import BENIGN
+from crossguard.configs.schema.taxonomy import BENIGN, UNKNOWN
 from crossguard.data.curation.governance import RULES
 from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import atomic_file, write_atomic
@@ -142,10 +142,11 @@ def _rarity(positive: np.ndarray) -> list[int]:
 def _assign_strata(
     rows: np.ndarray, languages: list[str], policies: tuple[str, ...], rarity: list[int], known: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Number each row's stratum, language × rarest positive policy or benign; the `known` strata come first."""
-    names = [*(policies[number] for number in rarity), BENIGN]
-    with_benign = np.concatenate([rows["positive"][:, rarity], np.ones((len(rows), 1), dtype=bool)], axis=1)
-    rarest = with_benign.argmax(axis=1)
+    """Number each row's stratum as `stratum_of` names it; the `known` strata come first."""
+    names = [*(policies[number] for number in rarity), BENIGN, UNKNOWN]
+    labeled = rows["labeled"][:, None]
+    # The first name that is true of a row.
+    rarest = np.concatenate([rows["positive"][:, rarity], labeled, ~labeled], axis=1).argmax(axis=1)
     codes, inverse = np.unique(rows["language"].astype(np.int64) * len(names) + rarest, return_inverse=True)
     found = [f"{languages[code // len(names)]}/{names[code % len(names)]}" for code in codes.tolist()]
     strata = [*known, *sorted(set(found) - set(known))]
@@ -155,8 +156,15 @@ def _assign_strata(
 
 
 def stratum_of(language: str, labels: Mapping[str, float], rarity: tuple[str, ...]) -> str:
-    """The stratum of one post: its language and the rarest policy that it violates."""
-    return f"{language}/{next((name for name in rarity if labels.get(name, 0) >= POSITIVE_FROM), BENIGN)}"
+    """The stratum of one post: its language and the rarest policy that it violates; else whether any label is known.
+
+    Args:
+        language: of the post.
+        labels: its known labels.
+        rarity: the policies, rarest first.
+    """
+    otherwise = BENIGN if labels else UNKNOWN
+    return f"{language}/{next((name for name in rarity if labels.get(name, 0) >= POSITIVE_FROM), otherwise)}"
 
 
 def _cut(splits: list[tuple[str, int]], size: int, parent: Manifest | None) -> tuple[PlannedShard, ...]:

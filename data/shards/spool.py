@@ -40,6 +40,7 @@ def row_dtype(num_policies: int) -> np.dtype:
             ("stratum", "<u4"),
             ("modalities", "<u2"),
             ("left_out", "<u1"),  # 0, or 1 + the number of the rule in governance.RULES
+            ("labeled", "?"),  # at least one label is known
             ("positive", "?", (num_policies,)),
         ]
     )
@@ -70,6 +71,7 @@ class SpoolWriter:
         row["language"] = self.languages.setdefault(post.language, len(self.languages))
         row["expires_at"] = epoch_seconds(post.expires_at) if post.expires_at else 0
         row["modalities"] = _modalities(post)
+        row["labeled"] = bool(post.labels)
         row["positive"] = [post.labels.get(policy, 0.0) >= POSITIVE_FROM for policy in self._policies]
 
     def add_left_out(self, post: Post, rule: int, place: str) -> None:
