@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from crossguard.configs.errors import JobError, UserError
@@ -28,10 +27,11 @@ def verify(argv: list[str]) -> None:
     Raises:
         JobError: something is damaged; it is printed.
     """
-    folder, as_json = _arguments("verify", argv)
+    location, as_json = _arguments("verify", argv)
+    from crossguard.data.shards.place import Place
     from crossguard.data.shards.verify import verify as verify_shards
 
-    result = verify_shards(folder, _processes())
+    result = verify_shards(Place.of(location), _processes())
     if as_json:
         print(json.dumps({"ok": not result.damages} | asdict(result), ensure_ascii=False))
     else:
@@ -41,15 +41,16 @@ def verify(argv: list[str]) -> None:
         print(f"verify: {result.samples:,} samples in {result.files:,} files: {said}")
     if result.damages:
         files = len({damage.file for damage in result.damages})
-        raise JobError(f"{folder}: {files} damaged files; restore them, or build the shards again")
+        raise JobError(f"{location}: {files} damaged files; restore them, or build the shards again")
 
 
 def stats(argv: list[str]) -> None:
     """What the shards hold."""
-    folder, as_json = _arguments("stats", argv)
+    location, as_json = _arguments("stats", argv)
+    from crossguard.data.shards.place import Place
     from crossguard.data.shards.stats import stats as stats_of
 
-    found = stats_of(folder, _processes())
+    found = stats_of(Place.of(location), _processes())
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(_tables(found)))
 
 
@@ -62,14 +63,12 @@ TOOLS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _arguments(tool: str, argv: list[str]) -> tuple[Path, bool]:
-    """The shards' folder, and whether JSON is wanted."""
+def _arguments(tool: str, argv: list[str]) -> tuple[str, bool]:
+    """Where the shards lie, and whether JSON is wanted."""
     places = [argument for argument in argv if argument != "--json"]
     if len(places) != 1 or places[0].startswith("-"):
-        raise UserError(f"shards {tool}: say crossguard shards {tool} SHARDS [--json], SHARDS being a folder")
-    if "://" in places[0]:
-        raise UserError(f"{places[0]}: shards {tool} reads a folder; copy the shards to one")
-    return Path(places[0]), "--json" in argv
+        raise UserError(f"shards {tool}: say crossguard shards {tool} SHARDS [--json], SHARDS being a folder or a URL")
+    return places[0], "--json" in argv
 
 
 def _processes() -> int:

@@ -25,6 +25,7 @@ from crossguard.data.loading.sample import RawSample
 from crossguard.data.shards.build import build_shards
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.shards.manifest import Manifest
+from crossguard.data.shards.place import Place
 from crossguard.data.shards.verify import verify
 from crossguard.train.training import run_training
 
@@ -37,7 +38,7 @@ def samples_of(run_dir: Path, manifest: Manifest) -> dict[str, RawSample]:
     for split in manifest.splits:
         reader = ShardReader([ShardFolder(str(run_dir / "shards"), manifest)], split)
         found |= {sample.id: sample for sample in map(reader.read, range(len(reader)))}
-    assert verify(run_dir / "shards", 1).damages == ()
+    assert verify(Place.of(run_dir / "shards"), 1).damages == ()
     return found
 
 

@@ -11,13 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from build_job import build, make_config, make_posts, picture, write_lines
+from conftest import run_command
+from s3_server import URL, Server
 
+from crossguard.configs.errors import UserError
 from crossguard.data.records import post_key
 from crossguard.data.shards.index import encode_index, hex_keys, read_index
 from crossguard.data.shards.manifest import FILE_NAME, Manifest
+from crossguard.data.shards.place import Place
+from crossguard.data.shards.publish import publish
+from crossguard.data.shards.stats import stats
 from crossguard.data.shards.verify import Damage, verify
 from crossguard.recipes.cli import main
 
@@ -86,12 +93,12 @@ def test_any_flipped_bit_is_found_and_named(shards: Path) -> None:
         data = path.read_bytes()
         offset = draw.randrange(len(data))
         path.write_bytes(data[:offset] + bytes([data[offset] ^ 1 << draw.randrange(8)]) + data[offset + 1 :])
-        found = verify(shards, 1).damages
+        found = verify(Place.of(shards), 1).damages
         path.write_bytes(data)
         name = path.relative_to(shards).as_posix()
         key = "" if name.endswith(".json") else key_at(shards, name, offset)
         assert [(damage.file, damage.key) for damage in found] == [(name, key)], f"byte {offset} of {name}"
-    assert verify(shards, 1).damages == ()
+    assert verify(Place.of(shards), 1).damages == ()
 
 
 @pytest.mark.parametrize("where", ["first header", "end of the tar", "last byte of the index", "manifest's newline"])
@@ -106,7 +113,7 @@ def test_bits_at_the_edges(shards: Path, where: str) -> None:
     data = bytearray((shards / path).read_bytes())
     data[offset] ^= 1
     (shards / path).write_bytes(data)
-    assert [damage.file for damage in verify(shards, 1).damages] == [path]
+    assert [damage.file for damage in verify(Place.of(shards), 1).damages] == [path]
 
 
 def test_every_damage_is_told_at_once(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,20 +162,22 @@ def test_an_index_must_agree_with_its_tar_whatever_the_hashes_say(shards: Path, 
     key = hex_keys(rows)[1]
     rows[field][1] = b"x" * 16 if field == "key" else rows[field][1] + 1
     rewrite(shards, 2, rows)
-    assert verify(shards, 1).damages == (Damage(shard.index_path, key, f"row 1: {field} is not that of the tar"),)
+    assert verify(Place.of(shards), 1).damages == (
+        Damage(shard.index_path, key, f"row 1: {field} is not that of the tar"),
+    )
 
 
 def test_a_missing_row_and_a_wrong_count(shards: Path) -> None:
     shard = Manifest.load(shards).shards[2]
     rows = np.array(read_index(shards / shard.index_path))  # not the mapped file, which is about to change
     rewrite(shards, 2, rows[1:])
-    (damage,) = verify(shards, 1).damages
+    (damage,) = verify(Place.of(shards), 1).damages
     assert (damage.file, damage.key) == (shard.index_path, "")
     rewrite(shards, 2, rows)
     manifest = Manifest.load(shards)
     miscounted = replace(manifest.shards[0], strata={name: n + 1 for name, n in manifest.shards[0].strata.items()})
     replace(manifest, shards=(miscounted, *manifest.shards[1:])).save(shards)
-    (damage,) = verify(shards, 1).damages
+    (damage,) = verify(Place.of(shards), 1).damages
     assert damage.file == FILE_NAME
     assert manifest.shards[0].path in damage.what
 
@@ -181,7 +190,7 @@ def test_a_sample_that_stands_twice_is_found(tmp_path: Path) -> None:
     for name in ("tar", "idx"):
         (shards / f"train/train-00001.{name}").write_bytes((shards / f"train/train-00000.{name}").read_bytes())
     replace(manifest, shards=(*manifest.shards, copy)).save(shards)
-    damages = verify(shards, 2).damages
+    damages = verify(Place.of(shards), 2).damages
     assert [(damage.file, damage.key) for damage in damages] == [
         (f"train/train-0000{number}.idx", post_key("a").hex()) for number in (0, 1)
     ]
@@ -233,7 +242,6 @@ def test_wrong_arguments_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     for argv, message in (
         ((), "name a tool"),
         (("verfy", "x"), "did you mean 'verify'"),
-        (("verify", "s3://bucket/shards"), "reads a folder"),
         (("verify",), "SHARDS being a folder"),
         (("stats", "a", "b"), "SHARDS being a folder"),
         (("verify", str(tmp_path)), "manifest.json: not found"),
@@ -249,3 +257,28 @@ def test_neither_needs_torch(shards: Path) -> None:
         f"verify([{str(shards)!r}]); stats([{str(shards)!r}]); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_shards_behind_a_url(shards: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Manifest.load(shards)
+    publish(shards, manifest, URL)
+    verified = run_command(["crossguard", "shards", "verify", URL], shards)
+    assert "34 samples" in verified.stdout
+    assert "every bit is as it was written" in verified.stdout
+    assert len({json.dumps(stats(Place.of(place), 1)) for place in (URL, f"{URL}/", str(shards))}) == 1
+    first, second, *_ = manifest.shards
+    data = bytearray((shards / first.path).read_bytes())
+    data[700] ^= 1
+    store = fsspec.filesystem("s3")
+    store.pipe_file(f"{URL}/{first.path}", bytes(data))
+    store.rm_file(f"{URL}/{second.index_path}")
+    store.pipe_file(f"{URL}/train/notes.txt", b"mine")
+    assert set(verify(Place.of(URL), 1).damages) == {
+        Damage(first.path, key_at(shards, first.path, 700), "its bytes are not those that were written"),
+        Damage(second.index_path, "", "cannot be read (No such file or directory)"),
+        Damage("train/notes.txt", "", "no manifest lists it"),
+    }
+    with pytest.raises(UserError, match=rf"`crossguard shards verify {URL}` says what is wrong"):
+        stats(Place.of(URL), 1)
+    assert run("verify", "s3://shards/nothing") == 2
+    assert "s3://shards/nothing/manifest.json" in capsys.readouterr().err

@@ -41,6 +41,16 @@ class Remote:
         """Path -> bytes of the files in a folder, as they are now; empty when there is no such folder."""
         return {f"{folder}/{name}": entry["size"] for name, entry in self._listing(folder, "file").items()}
 
+    def files(self) -> list[str]:
+        """The paths of all files in all folders, as they are now."""
+
+        def find(store: Any, full: str) -> list[str]:
+            store.invalidate_cache()
+            root = full.rstrip("/")
+            return [path.removeprefix(f"{root}/") for path in store.find(root)]
+
+        return self._do("", find)
+
     def folders(self) -> list[str]:
         """The names of the folders, as they are now."""
         return sorted(self._listing("", "directory"))

@@ -14,9 +14,11 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.progress import progress
 from crossguard.data.shards.executor import Processes
 from crossguard.data.shards.files import pread
+from crossguard.data.shards.folder import read_manifest
 from crossguard.data.shards.index import AUDIO, IMAGE, TEXT, VIDEO, read_index
-from crossguard.data.shards.manifest import Manifest, ShardInfo
+from crossguard.data.shards.manifest import ShardInfo
 from crossguard.data.shards.members import BLOCK, read_header
+from crossguard.data.shards.place import Place
 
 MODALITIES = {"text": TEXT, "image": IMAGE, "video": VIDEO, "audio": AUDIO}
 LABELS = ("violating", "benign", "fraction", "unknown")
@@ -28,7 +30,7 @@ _FIELDS_BYTES = 2048  # enough for header and fields of nearly every post
 class CountTask:
     """A shard whose posts are counted."""
 
-    shards_dir: Path
+    place: Place
     shard: ShardInfo
     policies: tuple[str, ...]
 
@@ -43,19 +45,20 @@ class Counted:
     text_bytes: np.ndarray  # of the posts that have text
 
 
-def stats(shards_dir: Path, num_workers: int) -> dict[str, Any]:
-    """What a shards' folder holds, as JSON; only ids' hashes and labels are read, never text or media.
+def stats(place: Place, num_workers: int) -> dict[str, Any]:
+    """What a set of shards holds, as JSON; only ids' hashes and labels are read, never text or media.
 
     Args:
-        shards_dir: the folder.
+        place: where they lie.
         num_workers: processes that read shards.
 
     Raises:
-        UserError: there is no manifest, or it is damaged.
+        UserError: there is no manifest, it or a shard is damaged, or a URL cannot be opened.
+        JobError: the storage fails.
     """
-    manifest = Manifest.load(shards_dir)
+    manifest = read_manifest(place.location)
     policies = manifest.taxonomy.names
-    tasks = [CountTask(shards_dir, shard, policies) for shard in manifest.shards]
+    tasks = [CountTask(place, shard, policies) for shard in manifest.shards]
     counted: dict[str, list[tuple[ShardInfo, Counted]]] = {split: [] for split in manifest.splits}
     with progress("stats", len(tasks), "shards") as shown:
         for task, result in Processes(num_workers).run(count, tasks):
@@ -80,20 +83,20 @@ def count(task: CountTask) -> Counted:
     Raises:
         UserError: it is missing or damaged.
     """
-    try:
-        return _count(task)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        place = task.shards_dir / task.shard.path
-        what = f"cannot be counted ({type(error).__name__})"
-        raise UserError(f"{place}: {what}; `crossguard shards verify {task.shards_dir}` says what is wrong") from None
+    with task.place.files(task.shard.path, task.shard.index_path) as folder:
+        try:
+            return _count(task, folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"{task.place}/{task.shard.path}: cannot be counted ({type(error).__name__})"
+            raise UserError(f"{what}; `crossguard shards verify {task.place}` says what is wrong") from None
 
 
-def _count(task: CountTask) -> Counted:
-    rows = read_index(task.shards_dir / task.shard.index_path)
+def _count(task: CountTask, folder: Path) -> Counted:
+    rows = read_index(folder / task.shard.index_path)
     counted = Counted(Counter(), Counter(), Counter(), rows["text_bytes"][rows["modalities"] & TEXT > 0])
     for name, bit in MODALITIES.items():
         counted.modalities[name] += int(np.count_nonzero(rows["modalities"] & bit))
-    with (task.shards_dir / task.shard.path).open("rb") as file:
+    with (folder / task.shard.path).open("rb") as file:
         for offset in np.sort(rows["offset"]).tolist():
             post = _fields(file.fileno(), offset)
             counted.languages[post["language"]] += 1

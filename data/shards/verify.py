@@ -20,10 +20,12 @@ from crossguard.configs.progress import progress
 from crossguard.data.records import epoch_seconds, post_key
 from crossguard.data.shards.executor import Processes
 from crossguard.data.shards.files import descriptor_sha256
+from crossguard.data.shards.folder import has_manifest, read_manifest
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
 from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, version_name
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from crossguard.data.shards.members import END_OF_TAR, Header, read_header
+from crossguard.data.shards.place import Place
 from crossguard.data.shards.plan import stratum_of
 from crossguard.data.shards.writer import BUILD_FOLDER
 
@@ -56,73 +58,75 @@ class Verified:
 class ShardTask:
     """A shard to look at, and what of the manifest its index follows from."""
 
-    shards_dir: Path
+    place: Place
     shard: ShardInfo
     rarity: tuple[str, ...]
     strata: tuple[str, ...]
 
 
-def verify(shards_dir: Path, num_workers: int) -> Verified:
-    """Look at every bit of a shards' folder.
+def verify(place: Place, num_workers: int) -> Verified:
+    """Look at every bit of a set of shards.
 
     Args:
-        shards_dir: the folder.
+        place: where they lie.
         num_workers: processes that read shards.
 
     Raises:
-        UserError: there is no manifest at all.
+        UserError: there is no manifest at all, or a URL cannot be opened.
+        JobError: the storage fails.
     """
-    if not (shards_dir / FILE_NAME).exists():
-        Manifest.load(shards_dir)  # says what to do
-    versions, damages = _manifests(shards_dir)
+    if not has_manifest(place.location):
+        read_manifest(place.location)  # says what to do
+    versions, damages = _manifests(place)
     if FILE_NAME not in versions:
         return Verified(1, 0, tuple(damages))
     manifest = versions[FILE_NAME]
     listed = {*versions, *(damage.file for damage in damages)}
     listed |= {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
-    damages += _unlisted(shards_dir, listed)
-    tasks = [ShardTask(shards_dir, shard, manifest.rarity, manifest.strata) for shard in manifest.shards]
+    damages += _unlisted(place, listed)
+    tasks = [ShardTask(place, shard, manifest.rarity, manifest.strata) for shard in manifest.shards]
     with progress("verify", len(tasks), "shards") as shown:
         for _, found in Processes(num_workers).run(check_shard, tasks):
             damages += found
             shown.advance()
     if not damages:
-        damages += _repeated(shards_dir, manifest)
+        damages += _repeated(place, manifest)
     return Verified(len(listed), sum(manifest.splits.values()), tuple(sorted(damages)))
 
 
-def _manifests(shards_dir: Path) -> tuple[dict[str, Manifest], list[Damage]]:
+def _manifests(place: Place) -> tuple[dict[str, Manifest], list[Damage]]:
     """The manifest and the earlier ones that it goes back to, by file, as far as they can be read."""
     found: dict[str, Manifest] = {}
     name, sha256 = FILE_NAME, ""
     while name:
-        try:
-            manifest = Manifest.load(shards_dir, name)
-            whole = (shards_dir / name).read_bytes() == manifest.encode() and sha256 in ("", manifest.sha256)
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            whole = False
+        with place.files(name) as folder:
+            there = (folder / name).exists()
+            try:
+                manifest = Manifest.load(folder, name)
+                whole = (folder / name).read_bytes() == manifest.encode() and sha256 in ("", manifest.sha256)
+            except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                whole = False
         if not whole:
             rest = "; nothing else can be checked without it" if name == FILE_NAME else ""
-            what = "missing" if not (shards_dir / name).exists() else "not what was written"
-            return found, [Damage(name, "", what + rest)]
+            return found, [Damage(name, "", ("not what was written" if there else "missing") + rest)]
         found[name] = manifest
         sha256 = manifest.parent
         name = version_name(sha256) if sha256 else ""
     return found, []
 
 
-def _unlisted(shards_dir: Path, listed: set[str]) -> list[Damage]:
-    files = {path.relative_to(shards_dir) for path in shards_dir.rglob("*") if not path.is_dir()}
-    strangers = [path.as_posix() for path in files if path.parts[0] != BUILD_FOLDER and path.as_posix() not in listed]
+def _unlisted(place: Place, listed: set[str]) -> list[Damage]:
+    strangers = [path for path in place.listing() if Path(path).parts[0] != BUILD_FOLDER and path not in listed]
     found = [Damage(path, "", "no manifest lists it") for path in strangers]
-    if (shards_dir / BUILD_FOLDER).exists():
+    if (Path(place.location) / BUILD_FOLDER).exists():  # never behind a URL
         found.append(Damage(BUILD_FOLDER, "", "a build is at work or was stopped; start it again to finish it"))
     return found
 
 
-def _repeated(shards_dir: Path, manifest: Manifest) -> list[Damage]:
+def _repeated(place: Place, manifest: Manifest) -> list[Damage]:
     """Samples that stand in more than one place."""
-    indexes = [read_index(shards_dir / shard.index_path) for shard in manifest.shards]
+    with place.files(*(shard.index_path for shard in manifest.shards)) as folder:
+        indexes = [read_index(folder / shard.index_path) for shard in manifest.shards]
     keys, counts = np.unique(np.concatenate([index["key"] for index in indexes]), return_counts=True)
     if not (counts > 1).any():
         return []
@@ -135,7 +139,12 @@ def _repeated(shards_dir: Path, manifest: Manifest) -> list[Damage]:
 
 def check_shard(task: ShardTask) -> list[Damage]:
     """Compare a tar and its index with the manifest and with each other."""
-    shard, folder = task.shard, task.shards_dir
+    with task.place.files(task.shard.path, task.shard.index_path) as folder:
+        return _check_files(task, folder)
+
+
+def _check_files(task: ShardTask, folder: Path) -> list[Damage]:
+    shard = task.shard
     hashes, unreadable = {}, []
     for path in (shard.path, shard.index_path):
         try:
