@@ -14,6 +14,7 @@ PREBUILD := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareM
 # torch first: another package's looser range would pull a build of several GB.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crossguard needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@echo "setting up $(VENV): about a minute for the packages, and one for DeepSpeed's operator"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

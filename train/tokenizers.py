@@ -101,8 +101,9 @@ def load_tokenizer(config: TextEncoderConfig, folder: Path | None = None) -> Tok
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder or name))
     except (OSError, ValueError) as error:
+        key = "tokenizer" if folder or config.tokenizer else "pretrained"
         raise UserError(
-            f"model.text.tokenizer={folder or name}: neither a folder with a tokenizer nor one that the hub has "
+            f"model.text.{key}={folder or name}: neither a folder with a tokenizer nor one that the hub has "
             f"({_first_line(error)})"
         ) from error
     return HuggingFaceTokenizer(tokenizer, str(folder or name))
