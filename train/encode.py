@@ -8,8 +8,10 @@ import json
 import numpy as np
 
 from crossguard.configs.schema.model import ModelConfig
+from crossguard.data.curation.attacks import TextAttacks
+from crossguard.data.curation.normalise import normalise
 from crossguard.data.loading.decode import decode_image
-from crossguard.data.loading.encoded import EncodedSample
+from crossguard.data.loading.encoded import NO_POSITION, EncodedSample
 from crossguard.data.loading.sample import RawSample
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.tokenizers import Tokenizer, load_tokenizer
@@ -25,13 +27,22 @@ class PostEncoder:
     the model itself is never imported here.
     """
 
-    def __init__(self, config: ModelConfig, taxonomy: Taxonomy, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        taxonomy: Taxonomy,
+        tokenizer: Tokenizer | None = None,
+        attacks: TextAttacks | None = None,
+    ):
         """
         Args:
             config: the model's configuration.
             taxonomy: gives the label vector its order.
             tokenizer: one that is loaded already (a bundle's); by default the one that `config` names.
+            attacks: what is done to texts that are trained on.
         """
+        self.attacks = attacks
+        self.normaliser = config.text.normaliser
         self.taxonomy = taxonomy
         self.tokenizer = tokenizer or load_tokenizer(config.text)
         self.max_length = config.text.max_length
@@ -43,16 +54,23 @@ class PostEncoder:
         self.num_policies = len(taxonomy.names)
         self.fingerprint = self._fingerprint()
 
-    def __call__(self, raw: RawSample) -> EncodedSample:
+    def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         """Encode one post.
+
+        Args:
+            raw: the post.
+            position: in the sample order, while training.
 
         Raises:
             MediaError: an image cannot be decoded.
         """
+        text = raw.text
+        if self.attacks is not None and text is not None and position != NO_POSITION:
+            text = self.attacks.apply(text, position)
         return EncodedSample(
             id=raw.id,
             language=raw.language,
-            input_ids=self._encode_text(raw.text),
+            input_ids=self._encode_text(text),
             images=[decode_image(data, self.image_size) for data in raw.images[: self.max_images]],
             labels=self.taxonomy.label_vector(raw.post["labels"]),
         )
@@ -65,6 +83,7 @@ class PostEncoder:
     def _encode_text(self, text: str | None) -> np.ndarray | None:
         if text is None or not self.reads_text:
             return None
+        text = normalise(text) if self.normaliser else text
         return np.array(self.tokenizer.encode(self.prefix + text, self.max_length), dtype=np.int32)
 
     def _fingerprint(self) -> str:
@@ -73,6 +92,7 @@ class PostEncoder:
             "tokenizer": self.tokenizer.fingerprint if self.reads_text else None,
             "max_length": self.max_length,
             "prefix": self.prefix,
+            "normaliser": self.normaliser,
             "image_size": self.image_size,
             "max_images": self.max_images,
             "policies": self.taxonomy.names,

@@ -13,6 +13,7 @@ import numpy as np
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
+from crossguard.data.curation.attacks import TextAttacks
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.plan import Planned, continue_order, open_folders, plan_training, unreadable_rows
 from crossguard.data.loading.reader import SampleError, ShardReader
@@ -58,7 +59,9 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
     run_dir = Path(config.run_dir)
     taxonomy = Taxonomy.from_config(config.taxonomy)
     folders = ranks.on_first(lambda: _checked_folders(config, taxonomy, ranks))
-    encode = PostEncoder(config.model, taxonomy)
+    attacks = config.train.attacks
+    disguise = TextAttacks(attacks.probability, tuple(attacks.families), config.seed) if attacks.probability else None
+    encode = PostEncoder(config.model, taxonomy, attacks=disguise)
 
     def plan(first_step: int, speak: bool = False) -> Planned:
         return plan_training(config, folders, run_dir, encode, first_step=first_step, speak=speak)

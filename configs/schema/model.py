@@ -10,6 +10,8 @@ from crossguard.configs.schema.checks import at_least, one_of, within
 
 MODALITIES = ("text", "image")
 POOLINGS = ("mean", "first")
+# None, and the version that data/curation/normalise.py has.
+NORMALISERS = (0, 1)
 # The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
 BYTES = "bytes"
 BYTE_TOKENS = 259
@@ -31,6 +33,9 @@ class TextEncoderConfig:
     max_length: int = 128
     # Put in front of every text, for encoders that were trained with one (e5: "query: ").
     prefix: str = ""
+    # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
+    # 0 reads texts as they are.
+    normaliser: int = 0
     # How tokens become the encoder's summary: mean over the text, or the first token.
     pooling: str = "mean"
 
@@ -38,6 +43,8 @@ class TextEncoderConfig:
         _at_most_one_kind("model.text", self)
         at_least("model.text.max_length", self.max_length, 4)
         one_of("model.text.pooling", self.pooling, POOLINGS)
+        if self.normaliser not in NORMALISERS:
+            raise UserError(f"model.text.normaliser={self.normaliser}: one of {', '.join(map(str, NORMALISERS))}")
 
     def check_sizes(self) -> None:
         """An encoder that is described here must have a position for every token, and a number for every byte."""

@@ -9,6 +9,17 @@ from crossguard.configs.schema.checks import at_least, one_of, within
 
 LOSSES = ("bce", "focal", "asymmetric")
 PRECISIONS = ("fp32", "bf16")
+# What data/curation/attacks.py can do to a text.
+ATTACKS = (
+    "leetspeak",
+    "homoglyphs",
+    "zero_width",
+    "repetition",
+    "separation",
+    "marks",
+    "compatibility_forms",
+    "swaps",
+)
 
 
 @dataclass
@@ -34,6 +45,23 @@ class LossConfig:
         within("train.loss.margin", self.margin, 0, 1)
         for name in ("gamma", "gamma_positive", "gamma_negative"):
             at_least(f"train.loss.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class TextAttacksConfig:
+    """Disguises that some of the texts get while training, another one each time."""
+
+    # Share of the texts that get one; 0 is off.
+    probability: float = 0.0
+    # The kinds of disguise to draw from.
+    families: list[str] = field(default_factory=lambda: list(ATTACKS))
+
+    def __post_init__(self) -> None:
+        within("train.attacks.probability", self.probability, 0, 1)
+        for name in self.families:
+            one_of("train.attacks.families", name, ATTACKS)
+        if not self.families:
+            raise UserError(f"train.attacks.families: empty; allowed: {', '.join(ATTACKS)}")
 
 
 @dataclass
@@ -71,6 +99,8 @@ class TrainConfig:
     precision: str = "fp32"
     # What is minimised.
     loss: LossConfig = field(default_factory=LossConfig)
+    # Training against evasion.
+    attacks: TextAttacksConfig = field(default_factory=TextAttacksConfig)
     # Processes that read and decode for each rank; 0 reads in the training process. They never change the order.
     num_workers: int = 1
     # Log a line every this many steps.

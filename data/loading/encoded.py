@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from crossguard.data.loading.sample import RawSample
 
 NO_POST = -1
+# Outside training.
+NO_POSITION = -1
 
 
 @dataclass(slots=True)
@@ -27,8 +29,8 @@ class EncodedSample:
     images: list[np.ndarray]
     # float32[P] in [0, 1]; NaN is unknown.
     labels: np.ndarray
-    # Position in the sample order; -1 outside training.
-    position: int = -1
+    # In the sample order.
+    position: int = NO_POSITION
 
 
 class Encode(Protocol):
@@ -54,8 +56,9 @@ class Encode(Protocol):
         """Length of the label vector."""
         ...
 
-    def __call__(self, raw: RawSample) -> EncodedSample:
-        """Encode one post; raises `MediaError` when its media cannot be decoded."""
+    def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
+        """Encode one post that comes at `position` of the sample order; raises `MediaError` when its media cannot be
+        decoded."""
         ...
 
     def text_length(self, text: str | None) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from crossguard.configs.errors import CrossguardError, JobError
 from crossguard.data.curation.governance import refused_at_read
 from crossguard.data.loading.decode import MediaError
-from crossguard.data.loading.encoded import Encode, EncodedSample, stack
+from crossguard.data.loading.encoded import NO_POSITION, Encode, EncodedSample, stack
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.loading.redirects import Redirects
@@ -84,7 +84,7 @@ class BatchMaker:
 
     def __getitem__(self, task: Task) -> Made:
         refused: list[dict[str, Any]] = []
-        positions = np.full(len(task.rows), -1) if task.positions is None else task.positions
+        positions = np.full(len(task.rows), NO_POSITION) if task.positions is None else task.positions
         try:
             found = [self._sample(int(row), int(p), task, refused) for row, p in zip(task.rows, positions, strict=True)]
         except CrossguardError as error:
@@ -139,7 +139,7 @@ class BatchMaker:
             rule = refused_at_read(raw.post, time.time())
             if rule is None:
                 try:
-                    return self.encode(raw)
+                    return self.encode(raw, place.get("position", NO_POSITION))
                 except MediaError as error:
                     rule = str(error)
             reason = rule
