@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,9 @@ class StepLog:
             self._samples.write({"step": step, "ids": [post for batch in batches for post in batch.ids]})
         self._steps += 1
         self._waited += waited
-        if self._metrics is None or step % self._train.log_every:
+        events: dict[str, Any] = {"skipped": result.skipped} if result.skipped else {}
+        events |= {"spike": True} if result.spike else {}
+        if self._metrics is None or (step % self._train.log_every and not events):
             return
         seconds = time.perf_counter() - self._since
         self._write(
@@ -51,6 +54,7 @@ class StepLog:
                 "data_wait": self._waited / seconds,
                 "memory_mb": self._memory_mb(),
             }
+            | events
         )
         self._start_window()
 
@@ -74,8 +78,11 @@ class StepLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None
+        # JSON has no number that is not finite.
+        odd = {name: None for name, value in line.items() if isinstance(value, float) and not isfinite(value)}
+        line = line | odd
         self._metrics.write(line)
-        numbers = {name: value for name, value in line.items() if name not in ("split", "step")}
+        numbers = {name: value for name, value in flat(line).items() if name != "step"}
         self._tracker.log({f"{line['split']}/{name}": value for name, value in numbers.items()}, line["step"])
 
     def _start_window(self) -> None:
