@@ -68,9 +68,9 @@ class Guards:
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row == 1:
             self._ranks.say(
-                f"train: warning: the {what} of step {step} is not finite; the step is skipped, the weights stay as "
-                f"they are, and quarantine.jsonl names its samples; {self._train.max_skipped_steps} such steps in a row "
-                "(train.max_skipped_steps) stop training"
+                f"train: warning: the {what} of step {step} is not finite; the step is skipped and changes nothing;"
+                f" quarantine.jsonl names its samples; {self._train.max_skipped_steps} such steps in a row"
+                " (train.max_skipped_steps) stop training"
             )
         return what
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from crossguard.configs.errors import Preempted
+from crossguard.configs.errors import OutOfMemory, Preempted
 from crossguard.configs.schema import TrainConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.metrics_log import LineLog, metrics_file, samples_file
@@ -70,11 +70,11 @@ class StepLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close files and tracker. A job that was preempted has not failed: it goes on."""
+        """Close files and tracker. A job that was preempted has not failed: it goes on, as it does without memory."""
         for log in (self._metrics, self._samples):
             if log is not None:
                 log.close()
-        self._tracker.close(failed=error is not None and not isinstance(error, Preempted))
+        self._tracker.close(failed=error is not None and not isinstance(error, Preempted | OutOfMemory))
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None
