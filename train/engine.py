@@ -100,7 +100,8 @@ class Engine:
     def _hold_update(self) -> None:
         """Make the next step of the fused AdamW change nothing: it heeds the flag by which torch's GradScaler tells it
         of an overflow."""
-        self.optimizer.found_inf = torch.ones((), device=self.ranks.device)  # type: ignore[attr-defined]
+        # Made on the CPU: the optimizer copies it to where weights and moments are, which may be the CPU (offload).
+        self.optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
 
 
 def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> dict[str, Any]:
