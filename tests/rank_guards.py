@@ -117,11 +117,11 @@ def find(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def main(folder: Path, jobs: list[list[str]]) -> None:
-    """Write what each rank found; then train some jobs as they are."""
+    """Train some jobs as they are; then write what each rank found."""
     die_with_parent()
     ranks = init_ranks()
-    found = find(folder, ranks)
-    found["jobs"] = [outcome(job, ranks) for job in jobs]
+    ended = [outcome(job, ranks) for job in jobs]
+    found = {"jobs": ended, **find(folder, ranks)}
     everyone = ranks.gather(found)
     ranks.on_first(lambda: (folder / "found.json").write_text(json.dumps(everyone)))
 
