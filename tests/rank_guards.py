@@ -117,7 +117,10 @@ def find(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def main(folder: Path, jobs: list[list[str]]) -> None:
-    """Train some jobs as they are; then write what each rank found."""
+    """Train some jobs as they are; then write what each rank found.
+
+    In this order: ZeRO-3 puts another `linear` in torch's place for good, which rounds the gradient of a bias otherwise.
+    """
     die_with_parent()
     ranks = init_ranks()
     ended = [outcome(job, ranks) for job in jobs]

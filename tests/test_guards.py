@@ -6,6 +6,7 @@ import json
 import math
 import random
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def both(folder: Path, run_dir: str, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def on_two(folder: Path) -> list[dict[str, Any]]:
     """What each of two ranks found; they trained a job in small micro-batches as well."""
-    job = both(folder, "small", "train.micro_batch_size=2", "train.loss.name=own_losses:greedy")
+    job = both(folder, "small", "train.micro_batch_size=2", "train.loss.name=own_losses:planned")
     run_ranks(2, HERE / "rank_guards.py", str(folder), json.dumps([job]))
     found: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
     assert [rank["jobs"] for rank in found] == [["done"], ["done"]]
@@ -275,6 +276,10 @@ def test_alerts_reach_wandb_offline(folder: Path) -> None:
     ended, _ = train([*arguments(folder, "alerting", *settings), "train.max_steps=40"], alone(), leaps)
     assert "2 steps in a row, up to step 36" in ended
     (file,) = (folder / "alerting" / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30  # W&B's service writes the end of the file after it has let the run go.
+    while "exit" not in [record.WhichOneof("record_type") for record in records_of(file)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     alerts = [record.alert for record in records_of(file) if record.WhichOneof("record_type") == "alert"]
     assert [alert.title for alert in alerts] == ["loss spike", "training stopped"]
     assert alerts[0].text.startswith("the loss of step 33 is ")
