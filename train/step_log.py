@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from crossguard.configs.errors import Preempted
+from crossguard.configs.errors import OutOfMemory, Preempted
 from crossguard.configs.schema import TrainConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.metrics_log import LineLog, metrics_file, samples_file
@@ -37,7 +38,9 @@ class StepLog:
             self._samples.write({"step": step, "ids": [post for batch in batches for post in batch.ids]})
         self._steps += 1
         self._waited += waited
-        if self._metrics is None or step % self._train.log_every:
+        events: dict[str, Any] = {"skipped": result.skipped} if result.skipped else {}
+        events |= {"spike": True} if result.spike else {}
+        if self._metrics is None or (step % self._train.log_every and not events):
             return
         seconds = time.perf_counter() - self._since
         self._write(
@@ -51,6 +54,7 @@ class StepLog:
                 "data_wait": self._waited / seconds,
                 "memory_mb": self._memory_mb(),
             }
+            | events
         )
         self._start_window()
 
@@ -66,16 +70,19 @@ class StepLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close files and tracker. A job that was preempted has not failed: it goes on."""
+        """Close files and tracker. A job that was preempted has not failed: it goes on, as it does without memory."""
         for log in (self._metrics, self._samples):
             if log is not None:
                 log.close()
-        self._tracker.close(failed=error is not None and not isinstance(error, Preempted))
+        self._tracker.close(failed=error is not None and not isinstance(error, Preempted | OutOfMemory))
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None
+        # JSON has no number that is not finite.
+        odd = {name: None for name, value in line.items() if isinstance(value, float) and not isfinite(value)}
+        line = line | odd
         self._metrics.write(line)
-        numbers = {name: value for name, value in line.items() if name not in ("split", "step")}
+        numbers = {name: value for name, value in flat(line).items() if name != "step"}
         self._tracker.log({f"{line['split']}/{name}": value for name, value in numbers.items()}, line["step"])
 
     def _start_window(self) -> None:
