@@ -30,6 +30,10 @@ test: setup
 unit: setup
 	$(BIN)/pytest
 
+# Training that is killed and stopped at random moments, for the better part of an hour.
+soak: setup
+	PYTHONPATH=tests $(BIN)/python -m soak
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

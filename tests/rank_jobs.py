@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -45,15 +45,22 @@ class RankJob:
         line: what would follow `python`: a file or -m and a module, and arguments.
         ranks: how many; 0 starts a launcher, a single process that is no rank, whose own ranks are forked.
         environment: added to that of this process.
+        cwd: where they run; by default where this process does.
     """
 
-    def __init__(self, line: Sequence[str], ranks: int, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        line: Sequence[str],
+        ranks: int,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ):
         self._out, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self._talk, theirs = socket.socketpair()
         with theirs, _LOCK:
             given = [theirs.fileno(), self._out.fileno(), self._errors.fileno()]
             socket.send_fds(_pool(), [b"."], given)
-        request = {"line": list(line), "ranks": ranks, "cwd": os.getcwd()}
+        request = {"line": list(line), "ranks": ranks, "cwd": str(cwd or Path.cwd())}
         self._send(request | {"environment": {**os.environ, **(environment or {})}})
         self._unread = b""
         started = self._receive(None)
@@ -130,3 +137,19 @@ class RankJob:
 def _content(file: int) -> str:
     # Processes write where the file stands, which reading must not move.
     return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60, between: float = 0.02) -> None:
+    """Look again and again; what never comes true is a failure."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(between)

@@ -186,9 +186,7 @@ def run_job(connection: int, out: int, errors: int) -> None:
         for place in places(ranks, port)
     ]
     # The one thread begins when all are forked.
-    store = TCPStore(
-        "127.0.0.1", port, ranks or 1, True, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    store = TCPStore("127.0.0.1", port, ranks or 1, True, wait_for_workers=False, master_listen_fd=listening.detach())
     send(talk, {"job": os.getpid(), "pids": pids})
     for rank, status in ends_of(pids, talk):
         send(talk, {"rank": rank, "status": status})
@@ -198,8 +196,11 @@ def run_job(connection: int, out: int, errors: int) -> None:
 def places(ranks: int, port: int) -> list[dict[str, str]]:
     """What torchrun would add to the environment of each rank; nothing for a launcher."""
     shared = {
-        **{"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"},
-        **{"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] or [{}]
 

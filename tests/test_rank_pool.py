@@ -8,13 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-from rank_jobs import RankJob
+from rank_jobs import RankJob, alive, wait_until
 from rank_models import run_ranks
 
 HERE = Path(__file__).parent
@@ -54,9 +51,20 @@ def test_a_rank_is_what_torchrun_would_start(module: Path, monkeypatch: pytest.M
     found = sorted(map(json.loads, run_ranks(2, module, "a b", "c").splitlines()), key=lambda about: about["rank"])
     for rank, about in enumerate(found):
         assert about == {
-            **{"name": "__main__", "file": str(module), "arguments": ["a b", "c"], "path": str(module.parent)},
-            **{"cwd": str(module.parent), "rank": str(rank), "local": str(rank), "of": "2", "own": "of this test"},
-            **{"threads": 1, "torch_threads": 1, "drawn": about["drawn"], "sockets": [], "sum": 3},
+            "name": "__main__",
+            "file": str(module),
+            "arguments": ["a b", "c"],
+            "path": str(module.parent),
+            "cwd": str(module.parent),
+            "rank": str(rank),
+            "local": str(rank),
+            "of": "2",
+            "own": "of this test",
+            "threads": 1,
+            "torch_threads": 1,
+            "drawn": about["drawn"],
+            "sockets": [],
+            "sum": 3,
         }
     assert not set(found[0]["drawn"]) & set(found[1]["drawn"])
 
@@ -100,17 +108,3 @@ def test_the_pool_ends_with_its_client(module: Path) -> None:
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3
     wait_until(lambda: not any(map(alive, pids)))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
