@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,18 @@ def test_restart_moves_the_old_run_aside(folder: Path) -> None:
     assert (run_dir / "checkpoints.moved-1" / "step-00000002").is_dir()
     assert steps_in(run_dir) == [1, 2]
     assert len(lines_of(run_dir / "metrics.jsonl.moved-1")) == 2
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(folder: Path) -> None:
+    """DeepSpeed's own load of a checkpoint that is missing returns nothing, and training begins at step 0."""
+    job = compose(arguments(folder, "emptied", "train.max_steps=2", "checkpoint.every_steps=0"))
+    run_training(job, alone())
+    before = (folder / "emptied" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "emptied" / "checkpoints" / "step-00000002")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"latest names step-00000002, but no checkpoint is there; .*restart=true"):
+            run_training(job, alone())
+    assert (folder / "emptied" / "metrics.jsonl").read_bytes() == before
 
 
 def test_posts_without_any_known_label_are_refused(folder: Path) -> None:

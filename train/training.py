@@ -140,10 +140,11 @@ def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path 
 
 
 def _clean(run_dir: Path, config: Config) -> None:
-    """Rank 0: a fresh start where one is asked for, and no remains of a killed save."""
+    """Rank 0: a fresh start where one is asked for, and only there; no remains of a killed save."""
     if config.train.restart:
         checkpoint_folder.move_aside(run_dir)
     checkpoint_folder.remove_staging(run_dir)
+    checkpoint_folder.check_not_lost(run_dir)
     checkpoint_folder.point(run_dir)
 
 

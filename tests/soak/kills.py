@@ -34,15 +34,17 @@ from crossguard.configs.errors import EXIT_FAILED
 from crossguard.data.loading import queries
 from crossguard.recipes.sample_queries import open_run
 
-TOLERANCE = 0.02
+# What another number of ranks rounds otherwise is a tenth of it after 650 steps.
+TOLERANCE = 1e-6
 # How long a kill may take to end, or to restart, everything.
 SECONDS_TO_END = 30.0
 SECONDS_TO_SAVE = 120.0
 SETTINGS = ["train.num_workers=0", "checkpoint.every_steps=5", "checkpoint.keep_last=2"]
-# Random numbers of dropout belong to a rank: with other ranks the loss would be another one.
+# Random numbers of dropout belong to a rank: with other ranks the loss would be another one. At ten times this learning
+# rate 110 posts are learned by heart, and after 200 steps a last digit decides.
 NO_DROPOUT = [
     *("model.text.config.hidden_dropout_prob=0", "+model.text.config.attention_probs_dropout_prob=0"),
-    *("model.fusion.dropout=0", "train.lr=1e-3"),
+    *("model.fusion.dropout=0", "train.lr=1e-4"),
 ]
 # How many of ten kills come while ranks start, how many while a state is saved.
 OF_TEN_STARTING, OF_TEN_SAVING = 2, 3
@@ -86,7 +88,7 @@ class Killer:
         self._wait(job, lambda: newest_step(self.run_dir) > before, SECONDS_TO_SAVE)
         if chosen < OF_TEN_STARTING + OF_TEN_SAVING:
             self._wait(job, lambda: is_saving(self.run_dir), SECONDS_TO_SAVE)
-            time.sleep(self.draw.uniform(0, 0.01))
+            time.sleep(self.draw.uniform(0, 0.002))
         else:
             time.sleep(self.draw.uniform(0, 0.5))
 
