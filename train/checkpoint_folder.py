@@ -131,8 +131,8 @@ def check_not_lost(run_dir: Path) -> None:
     name = _pointer(run_dir, "latest")
     if name is not None and not checkpoint_folders(run_dir):
         raise UserError(
-            f"{run_dir / 'checkpoints'}: latest names {name}, but no checkpoint is there; put it back, or begin anew with"
-            " train.restart=true"
+            f"{run_dir / 'checkpoints'}: latest names {name}, but no checkpoint is there; put it back, or begin anew"
+            " with train.restart=true"
         )
 
 
