@@ -30,7 +30,7 @@ test: setup
 unit: setup
 	$(BIN)/pytest
 
-# Training that is killed and stopped at random moments, for the better part of an hour.
+# Training that is killed and stopped at random moments; ten minutes or more.
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak
 

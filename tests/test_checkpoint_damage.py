@@ -1,4 +1,7 @@
-"""Damaged checkpoints: always named, kept under another name, and the next whole one is used instead."""
+"""Damaged checkpoints: always named, kept under another name, and the next whole one is used instead.
+
+DeepSpeed loads one with a flipped byte without a word; of one that is truncated, one rank hears and the others hang.
+"""
 
 from __future__ import annotations
 

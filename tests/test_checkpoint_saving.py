@@ -224,7 +224,10 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_at_any_moment_is_whole(tmp_path: Path) -> None:
-    """A process saves in the background without pause; whenever it is stopped, its folder is what a kill would leave."""
+    """A process saves in the background without pause; whenever it is stopped, its folder is what a kill would leave.
+
+    DeepSpeed writes into the final folder: what a kill leaves there is half of a checkpoint, under its name.
+    """
     draw, stagings = random.Random(0), 0
     with RankJob([str(HERE / "rank_saving.py"), str(tmp_path), "endless"], 1) as job:
         (pid,) = job.pids

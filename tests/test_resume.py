@@ -30,7 +30,8 @@ from crossguard.train.training import run_training
 HERE = Path(__file__).parent
 STEPS, KILLED_AT = 20, 10
 STAGES = range(4)
-# There the ranks sit in sessions of their own, which a kill of the launcher does not reach.
+# There the ranks sit in sessions of their own, which a kill of the launcher does not reach: by themselves they would
+# train on, and save.
 UNDER_TORCHRUN = 1
 SCHEDULE = [f"train.schedule_steps={STEPS}", f"checkpoint.every_steps={KILLED_AT}"]
 MULTI = [f"train.max_steps={STEPS}", *SCHEDULE]
