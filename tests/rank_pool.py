@@ -17,6 +17,7 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -211,7 +212,7 @@ def start_of(ranks: int) -> Callable[[], None]:
     def start() -> None:
         die_with_parent()
         if not ranks:
-            processes.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
+            processes.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedRank})  # type: ignore[assignment]
 
     return start
 

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_kills_while_ranks_and_stage_change_lose_nothing(folder: Path) -> None:
     """2, 1 and 2 ranks: the order of samples, and the loss of every step."""
-    kills.changing(folder, 5, random.Random(0))
+    kills.changing(folder, 3, random.Random(0))
 
 
 def test_requests_to_stop_end_all_ranks_at_one_step(folder: Path) -> None:
