@@ -76,6 +76,8 @@ def fork_python(
                 os.close(descriptor)
         os.environ.clear()
         os.environ.update(environment)
+        asked = environment.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[1:1] = [folder for folder in asked if folder and folder not in sys.path]
         np.random.seed()  # Processes that are started apart do not draw alike; Python's own generator sees to itself.
         torch.seed()
         first()
