@@ -31,6 +31,10 @@ test: setup
 unit: setup
 	$(BIN)/pytest
 
+# Training that is killed and stopped at random moments; ten minutes or more.
+soak: setup
+	PYTHONPATH=tests $(BIN)/python -m soak
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

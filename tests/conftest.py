@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,21 +81,59 @@ def write_posts(folder: Path, count: int = 240, seed: int = 0) -> Path:
     return file
 
 
-# What makes the README's first recipe small enough for a test; everything else stays as the README has it.
-SMALL = [
-    "train.max_steps=4",
-    "evaluation.every_steps=2",
-    "evaluation.min_positives=2",
-    "train.log_samples=true",
-    "checkpoint.every_steps=2",
-]
+class WholeJobs:
+    """The program `whole_jobs.py`, and what it has done so far."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        self.folder, self._said = folder, folder / "said.txt"
+        line = [sys.executable, str(Path(__file__).with_name("whole_jobs.py")), str(folder), *arguments]
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(line, stdout=said, stderr=said, start_new_session=True)
+
+    def outcomes(self, name: str) -> dict[str, subprocess.CompletedProcess[str]]:
+        """Wait for the commands of a part; how each ended."""
+        file = self.folder / f"{name}.json"
+        while not file.exists():
+            assert self._process.poll() is None or file.exists(), self._said.read_text()
+            time.sleep(0.05)
+        return {
+            command: subprocess.CompletedProcess(command, *ended) for command, *ended in json.loads(file.read_text())
+        }
+
+    def end(self) -> None:
+        """With all of its commands."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+JOBS = pytest.StashKey[WholeJobs]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes longest begins at once, beside the other tests."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if wanted & {"workspace", "readme"} and not session.config.option.collectonly:
+        folder = session.config._tmp_path_factory.mktemp("jobs")  # type: ignore[attr-defined]
+        session.config.stash[JOBS] = WholeJobs(folder, *({"readme"} & wanted))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """They end with the tests."""
+    if JOBS in session.config.stash:
+        session.config.stash[JOBS].end()
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(request: pytest.FixtureRequest) -> Path:
     """A working directory with `posts/`, the README's recipe `my_posts.yaml`, and its finished job `runs/my_posts`."""
-    folder = tmp_path_factory.mktemp("workspace")
-    write_posts(folder / "posts")
-    (folder / "my_posts.yaml").write_text(readme_block("yaml"), encoding="utf-8")
-    run_command(["crossguard", "run", "recipe=my_posts.yaml", *SMALL], folder)
-    return folder
+    jobs = request.config.stash[JOBS]
+    (done,) = jobs.outcomes("workspace").values()
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return jobs.folder / "workspace"
+
+
+@pytest.fixture(scope="session")
+def readme(request: pytest.FixtureRequest) -> WholeJobs:
+    """Every command of the README, run in its order in `folder / "readme"`."""
+    return request.config.stash[JOBS]

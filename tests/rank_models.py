@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import torch
+from rank_jobs import RankJob
 from torch import nn
 
 from crossguard.configs.schema import Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig, ZeroConfig
@@ -81,9 +81,7 @@ def torchrun(ranks: int, module: Path, *arguments: str) -> list[str]:
 
 
 def run_ranks(ranks: int, module: Path, *arguments: str, timeout: float = 240) -> str:
-    """Run `module` on a number of ranks and return what it printed; fails with its output when it fails."""
-    done = subprocess.run(
-        torchrun(ranks, module, *arguments), capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    """Run `module` on a number of ranks, forked, and return what it printed; fails with its output when it fails."""
+    with RankJob([str(module), *arguments], ranks) as job:
+        assert job.wait(timeout) == [0] * ranks, job.said()
+        return job.printed

@@ -5,6 +5,7 @@ A case stops one rank at one moment of one phase, sees all ranks stop after one 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -13,6 +14,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from rank_training import arguments
 from crossguard.configs.compose import compose
 from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
+from crossguard.configs.schema import Config
 from crossguard.train import preemption, watchdog
 from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
@@ -69,11 +73,17 @@ def struck(phase: str, number: int, delay: float) -> Iterator[None]:
         watchdog.phase = entered
 
 
+@cache
+def settings(folder: Path) -> Config:
+    """Of all runs: composing them takes as long as the steps."""
+    return compose(arguments(folder, "whole", *SETTINGS))
+
+
 def train(folder: Path, run_dir: str, ranks: Ranks) -> int | None:
     """The step after which training was stopped, or None when it came to its end."""
     preemption._Rank.asked = None
     try:
-        run_training(compose(arguments(folder, run_dir, *SETTINGS)), ranks)
+        run_training(replace(copy.deepcopy(settings(folder)), run_dir=str(folder / run_dir)), ranks)
     except Preempted:
         newest = latest_checkpoint(folder / run_dir)
         return step_of(newest) if newest else 0
@@ -84,7 +94,7 @@ def evaluate(folder: Path, ranks: Ranks) -> str | None:
     """The report's figures, or None when the evaluate stage was stopped."""
     preemption._Rank.asked = None
     try:
-        run_evaluation(compose(arguments(folder, "whole", *SETTINGS)), ranks)
+        run_evaluation(copy.deepcopy(settings(folder)), ranks)
     except Preempted:
         return None
     return (folder / "whole" / "report" / "metrics.json").read_text() if ranks.is_first else ""

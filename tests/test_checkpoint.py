@@ -58,10 +58,15 @@ def test_every_stage_loads_every_other(saved: Path) -> None:
 
 
 def test_ranks_and_stages_change_together(saved: Path) -> None:
-    """2 ranks, 1 rank, 2 ranks: parameters, moments, frozen parameters and buffers have the same hashes throughout."""
+    """2 ranks, 1 rank, 2 ranks: parameters, moments, frozen parameters and buffers have the same hashes throughout.
+
+    DeepSpeed's own checkpoints refuse another number of ranks; its universal ones cannot change the stage, and lose
+    frozen parameters without a word. Its way to moments fails with two parameter groups, with and without decay.
+    """
     for stage in range(4):
         original = hashes(checkpoint_of(saved, f"fp32-{stage}"))
-        assert {(WEIGHT, "frozen.weight"), (WEIGHT, "scale"), ("exp_avg_sq", "norm.bias")} <= original.keys()
+        assert {(WEIGHT, "frozen.weight"), (WEIGHT, "scale")} <= original.keys()
+        assert {("exp_avg_sq", name) for name in ("norm.bias", "inner.weight")} <= original.keys()
         assert hashes(checkpoint_of(saved, f"{stage}-alone")) == original
         assert hashes(checkpoint_of(saved, f"{stage}-alone-2")) == original
 
@@ -76,6 +81,7 @@ def test_the_background_writes_the_same_bytes(saved: Path) -> None:
 
 
 def test_load_weights_gives_a_whole_state(saved: Path) -> None:
+    """What is exported. A state dict under ZeRO-3 has tensors of shape [0], and DeepSpeed's export of it writes nothing."""
     for stage in range(4):
         weights = load_weights(checkpoint_of(saved, f"fp32-{stage}"))
         missing, unexpected = TinyModel(seed=5).load_state_dict(weights, strict=True)

@@ -1,4 +1,7 @@
-"""Damaged checkpoints: always named, kept under another name, and the next whole one is used instead."""
+"""Damaged checkpoints: always named, kept under another name, and the next whole one is used instead.
+
+DeepSpeed loads one with a flipped byte without a word; of one that is truncated, one rank hears and the others hang.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rank_checkpoint import counts, new_engine
+from rank_checkpoint import counts, new_engine, train
 from rank_models import alone
 
 from crossguard.configs.errors import UserError
@@ -27,6 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = new_engine(alone(), 1)
     with CheckpointSaver(run_dir, engine, keep_last=2) as saver:
         for step in (1, 2):
+            train(engine, range(step, step + 1))
             saver.save(counts(step), {"refused.npy": b"of some step"}, best=step == 2)
     engine.close()
     return run_dir
@@ -54,6 +58,26 @@ def test_the_older_one_is_used(
     assert len(list((folder / f"{NEW}.damaged").iterdir())) == len(FILES) - (damage == "remove")
     assert newest_valid(run_dir, alone()) == chosen
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_in_another_s_place_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    """Of the same checkpoint, the two exchanged, or of another step, whose manifest is whole in itself."""
+    run_dir = copy_of(saved, tmp_path)
+    old, new = (run_dir / "checkpoints" / step for step in (OLD, NEW))
+    for other in FILES:
+        exchange(new / name, new / other)
+        if other != name:
+            with pytest.raises(UserError, match=rf"{NEW}/({name}|{other}|{MANIFEST}): "):
+                verify(new)
+        exchange(new / name, new / other)
+    verify(new)
+    same = (old / name).read_bytes() == (new / name).read_bytes()
+    assert same == (name in ("random-00000.json", "refused.npy"))
+    if not same:
+        exchange(new / name, old / name)
+        with pytest.raises(UserError, match=NEW):
+            verify(new)
 
 
 def test_any_flipped_bit_of_a_manifest_is_seen(saved: Path, tmp_path: Path) -> None:
@@ -160,6 +184,13 @@ def commit(run_dir: Path, step: int, *, best: bool = False) -> None:
 
 def copy_of(saved: Path, folder: Path) -> Path:
     return shutil.copytree(saved, folder / "run")
+
+
+def exchange(one: Path, other: Path) -> None:
+    """The contents of two files."""
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
 
 
 def hurt(file: Path, damage: str) -> None:

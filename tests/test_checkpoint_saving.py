@@ -9,16 +9,16 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from rank_checkpoint import counts, new_engine, train
+from rank_jobs import RankJob, wait_until
 from rank_models import alone, run_ranks
 from safetensors import safe_open
 
@@ -224,36 +224,34 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_at_any_moment_is_whole(tmp_path: Path) -> None:
-    """A process saves in the background without pause; whenever it is stopped, its folder is what a kill would leave."""
-    line = [sys.executable, str(HERE / "rank_saving.py"), str(tmp_path), "endless"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
+    """A process saves in the background without pause; whenever it is stopped, its folder is what a kill would leave.
+
+    DeepSpeed writes into the final folder: what a kill leaves there is half of a checkpoint, under its name.
+    """
     draw, stagings = random.Random(0), 0
-    with subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        try:
-            wait_until(lambda: latest_checkpoint(tmp_path) is not None or process.poll() is not None)
-            for _ in range(60):
-                assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
-                os.kill(process.pid, signal.SIGSTOP)
-                os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all of its threads
-                complete = checkpoint_folders(tmp_path)
-                assert complete
-                for checkpoint in complete:
-                    verify(checkpoint)
-                stagings += any((tmp_path / "checkpoints").glob(".staging-*"))
-                os.kill(process.pid, signal.SIGCONT)
-                time.sleep(draw.uniform(0, 0.03))
-        finally:
-            process.kill()
+    with RankJob([str(HERE / "rank_saving.py"), str(tmp_path), "endless"], 1) as job:
+        (pid,) = job.pids
+        wait_until(lambda: latest_checkpoint(tmp_path) is not None or job.over())
+        for _ in range(60):
+            assert not job.over(), job.said()
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: stopped(pid), between=0.001)
+            complete = checkpoint_folders(tmp_path)
+            assert complete
+            for checkpoint in complete:
+                verify(checkpoint)
+            stagings += any((tmp_path / "checkpoints").glob(".staging-*"))
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(draw.uniform(0, 0.03))
     assert stagings, "no moment was in the middle of a save"
     newest = newest_valid(tmp_path, alone())
     assert newest == latest_checkpoint(tmp_path)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def stopped(pid: int) -> bool:
+    """All threads of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
 def names(run_dir: Path) -> list[str]:

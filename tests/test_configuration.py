@@ -68,6 +68,7 @@ def test_a_group_s_choice_of_the_working_directory(recipe: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("spelling", [["--local_rank=1"], ["--local-rank", "1"], []])
 def test_the_deepspeed_launcher_s_local_rank_is_dropped(spelling: list[str]) -> None:
+    """Hydra would refuse what that launcher adds."""
     assert prepare([*spelling, "recipe=quickstart", "seed=3"]).overrides == ["seed=3"]
 
 
@@ -166,6 +167,7 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
 def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
     recipe: str, arguments: list[str], message: str
 ) -> None:
+    """DeepSpeed accepts a misspelled key at the top, and Hydra, without a schema, one anywhere in a recipe's YAML."""
     Path("own_parts_here.py").write_text("def loss(logits, labels): ...\n")
     Path("empty").mkdir()
     with pytest.raises(UserError, match=message) as caught:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL, run_command, write_posts
+from conftest import run_command, write_posts
+from whole_jobs import SMALL
 
 RUN = ["recipe=my_posts.yaml", *SMALL]
 

@@ -118,6 +118,7 @@ def lost(folder: Path) -> dict[str, Any]:
 
 
 def test_ranks_stay_in_step_and_every_bad_sample_is_named(folder: Path, lost: dict[str, Any]) -> None:
+    """A rank with fewer batches than the others would leave them waiting: all have as many, whatever is refused."""
     assert [outcomes[:2] for outcomes in lost["outcomes"]] == [["done", "done"]] * RANKS
     steps = delivered(folder / "lost")
     assert steps.keys() == set(range(1, STEPS + 1))

@@ -29,7 +29,7 @@ from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 
 HERE = Path(__file__).parent
 SETTINGS = [
-    *("launcher.num_procs=2", "launcher.max_restarts=2", "launcher.elastic=true", "train.step_timeout=2"),
+    *("launcher.num_procs=2", "launcher.max_restarts=2", "launcher.elastic=true", "train.step_timeout=4"),
     *("train.max_steps=1000000", "checkpoint.every_steps=2", "train.loss.name=failing_loss:loss"),
 ]
 
@@ -82,9 +82,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def test_a_hanging_rank_says_where_and_is_started_again(job: Job) -> None:
     said = job.said.read_text()
-    assert "crossguard: rank 1: hangs in 'forward' for more than 2 s (train.step_timeout)" in said
+    assert "crossguard: rank 1: hangs in 'forward' for more than 4 s (train.step_timeout)" in said
     assert "crossguard: rank 0: hangs in 'waiting for the other ranks'" in said
-    assert "rank 1 was ended by SIGALRM (it hung)" in said
+    # Whichever of them ends first.
+    assert "was ended by SIGALRM (it hung); restart 1 of 2 on 2 ranks" in said
     assert "in hang_for_good" in (job.run_dir / "logs" / "rank-00001.log").read_text()
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_jobs import RankJob, alive, wait_until
 from rank_models import alone, run_ranks, torchrun
 from rank_training import arguments, write_shards
 
@@ -30,6 +30,9 @@ from crossguard.train.training import run_training
 HERE = Path(__file__).parent
 STEPS, KILLED_AT = 20, 10
 STAGES = range(4)
+# There the ranks sit in sessions of their own, which a kill of the launcher does not reach: by themselves they would
+# train on, and save.
+UNDER_TORCHRUN = 1
 SCHEDULE = [f"train.schedule_steps={STEPS}", f"checkpoint.every_steps={KILLED_AT}"]
 MULTI = [f"train.max_steps={STEPS}", *SCHEDULE]
 
@@ -45,9 +48,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
     """For each stage a run of 20 steps, and one of 10 that was killed and then went on for 10; all on 2 ranks."""
-    with contextlib.ExitStack() as started:
-        runs = [started.enter_context(endless_run(folder, stage)) for stage in STAGES]
-        wait_until(lambda: sum(killed_midway(*run) for run in runs) == len(runs), 150)
+    for stage in STAGES:
+        run_dir, line = folder / f"killed-{stage}", endless(folder, stage)
+        if stage == UNDER_TORCHRUN:
+            with subprocess.Popen([*torchrun(2, Path("-m")), *line], stderr=subprocess.DEVNULL, cwd=HERE) as launcher:
+                kill_midway(launcher.pid, run_dir)
+        else:
+            with RankJob(["-m", *line], 2) as job:
+                kill_midway(job.job, run_dir)
     jobs = [
         arguments(folder, f"{run}-{stage}", f"zero={stage}", *MULTI) for stage in STAGES for run in ("whole", "killed")
     ]
@@ -55,34 +63,21 @@ def finished(folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def endless_run(folder: Path, stage: int) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The real entry under torchrun on 2 ranks, and its run directory."""
-    run_dir = f"killed-{stage}"
-    overrides = [f"zero={stage}", "train.max_steps=100000", *SCHEDULE]
-    line = [*torchrun(2, Path("-m")), "crossguard.train", *arguments(folder, run_dir, *overrides)]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE) as launcher:
-        yield launcher, folder / run_dir
-        launcher.kill()
+def endless(folder: Path, stage: int) -> list[str]:
+    """The real entry, and arguments of a run that is there to be killed."""
+    settings = (f"zero={stage}", "train.max_steps=100000", *SCHEDULE)
+    return ["crossguard.train", *arguments(folder, f"killed-{stage}", *settings)]
 
 
-def killed_midway(launcher: subprocess.Popen[str], run_dir: Path) -> bool:
-    """SIGKILL torchrun, and it alone, once the state after step 10 is there, and see its ranks gone."""
-    if launcher.returncode is None:
-        assert launcher.poll() is None, launcher.stderr and launcher.stderr.read()[-3000:]
-    if launcher.returncode is None and latest_checkpoint(run_dir):
-        launcher.kill()
-        launcher.wait()
-        wait_until(lambda: is_free(run_dir / ".lock") and is_free(run_dir / ".lock.ranks"), 10)
-        assert [step_of(path) for path in checkpoints_of(run_dir)] == [KILLED_AT]
-    return launcher.returncode is not None
-
-
-def wait_until(condition: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def kill_midway(launcher: int, run_dir: Path) -> None:
+    """SIGKILL what has started the ranks, and it alone, once the state after step 10 is there, and see its ranks gone."""
+    try:
+        wait_until(lambda: latest_checkpoint(run_dir) is not None or not alive(launcher), 100, between=0.005)
+        assert alive(launcher), [file.read_text()[-3000:] for file in run_dir.glob("logs/*")]
+    finally:
+        os.kill(launcher, signal.SIGKILL)
+    wait_until(lambda: is_free(run_dir / ".lock") and is_free(run_dir / ".lock.ranks"), 10)
+    assert [step_of(path) for path in checkpoints_of(run_dir)] == [KILLED_AT]
 
 
 def is_free(lock: Path) -> bool:
@@ -221,6 +216,18 @@ def test_restart_moves_the_old_run_aside(folder: Path) -> None:
     assert (run_dir / "checkpoints.moved-1" / "step-00000002").is_dir()
     assert steps_in(run_dir) == [1, 2]
     assert len(lines_of(run_dir / "metrics.jsonl.moved-1")) == 2
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(folder: Path) -> None:
+    """DeepSpeed's own load of a checkpoint that is missing returns nothing, and training begins at step 0."""
+    job = compose(arguments(folder, "emptied", "train.max_steps=2", "checkpoint.every_steps=0"))
+    run_training(job, alone())
+    before = (folder / "emptied" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "emptied" / "checkpoints" / "step-00000002")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"latest names step-00000002, but no checkpoint is there; .*restart=true"):
+            run_training(job, alone())
+    assert (folder / "emptied" / "metrics.jsonl").read_bytes() == before
 
 
 def test_posts_without_any_known_label_are_refused(folder: Path) -> None:

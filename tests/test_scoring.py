@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, write_posts
+from conftest import write_posts
 from evaluation_job import ALONE, add_ablation, make_config, make_run
+from rank_models import run_ranks
 from torch import Tensor, nn
 
 from crossguard.configs.errors import JobError, UserError
@@ -146,10 +146,7 @@ def test_two_ranks_write_the_same_bytes_as_one(evaluated: Config, tmp_path: Path
     before = {name: (run_dir / name).read_bytes() for name in names}
     for name in names:
         (run_dir / name).unlink()
-    job = Path(__file__).parent / "evaluation_job.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # The saved configuration names files relative to the working directory.
-    run_command([*launch, str(job), str(run_dir)], Path.cwd())
+    run_ranks(2, Path(__file__).with_name("evaluation_job.py"), str(run_dir))
     assert {name: (run_dir / name).read_bytes() for name in names} == before
 
 

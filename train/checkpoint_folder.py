@@ -127,6 +127,20 @@ def commit(staging: Path, step: int, files: dict[str, Entry], *, best: bool) -> 
     return final
 
 
+def check_not_lost(run_dir: Path) -> None:
+    """Training must not begin anew, in silence, where there were checkpoints.
+
+    Raises:
+        UserError: `latest` names one, and none is there.
+    """
+    name = _pointer(run_dir, "latest")
+    if name is not None and not checkpoint_folders(run_dir):
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: latest names {name}, but no checkpoint is there; put it back, or begin anew"
+            " with train.restart=true"
+        )
+
+
 def point(run_dir: Path) -> None:
     """Make `latest` and `best` name the newest checkpoint and the newest of those that were the best when saved.
 

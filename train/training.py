@@ -169,7 +169,7 @@ def _copies(config: Config) -> CheckpointCopies | None:
 
 
 def _clean(run_dir: Path, config: Config) -> None:
-    """Rank 0: a fresh start where one is asked for, no remains of a killed save, and what other machines saved."""
+    """Rank 0: a fresh start where one is asked for, and only there; no remains of a killed save; what others saved."""
     copies = _copies(config)
     newest = copies.newest_state() if copies is not None else None
     if config.train.restart and newest is not None:
@@ -185,6 +185,7 @@ def _clean(run_dir: Path, config: Config) -> None:
         check_resumable(newest["config"], as_plain(config), copies.url, new_order=config.train.new_order)
         for taken in copies.take(run_dir):
             print(f"train: {taken.name} is taken from {copies.url}", file=sys.stderr, flush=True)
+    checkpoint_folder.check_not_lost(run_dir)
 
 
 def _open_run_dir(run_dir: Path, config: Config, state: TrainState) -> None:

@@ -1,153 +1,143 @@
-"""Training whose ranks are killed at random moments, saves included, until it was survived often enough.
+"""Training whose ranks, or their launcher, are killed with SIGKILL at random moments, saves and starts included.
 
-`changing`: the number of ranks (2, 1, 2, …) and the ZeRO stage change with every start. At the end the ids of every
-step are those of `preview`, and the loss of every step is that of a run that was never killed, within TOLERANCE.
-`same`: nothing changes; metrics, samples and weights are equal bit for bit.
-
-Ranks are forked from this process, which has imported everything: a start then takes a second instead of ten.
+The first kill of a start is survived by the launcher, which starts the ranks again; after the second one training is
+started anew. `changing`: the number of ranks (2, 1, 2, …), the ZeRO stage and the way of saving are then others. At
+the end the ids of every step are those of `preview`, and the loss of every step is that of a run that was never
+killed, within TOLERANCE. `same`: nothing changes; metrics, samples and weights are equal bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import signal
-import socket
-import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import transformers.models.bert.modeling_bert  # noqa: F401 - the same
-from rank_training import arguments, write_shards
+from rank_jobs import RankJob, alive
+from rank_training import arguments
+from soak.jobs import (
+    check_equal,
+    expect,
+    is_saving,
+    lines,
+    newest_step,
+    ranks_of,
+    train,
+    train_to_the_end,
+)
 
 from crossguard.configs.compose import compose
+from crossguard.configs.errors import EXIT_FAILED
 from crossguard.data.loading import queries
 from crossguard.recipes.sample_queries import open_run
-from crossguard.train import __main__ as entry
-from crossguard.train import training  # noqa: F401 - what forked ranks would otherwise import one by one
-from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
-from crossguard.train.ranks import end_process
 
-TOLERANCE = 0.02
-# How long the others may live on when one rank was killed.
+# What another number of ranks rounds otherwise is a tenth of it after 650 steps.
+TOLERANCE = 1e-6
+# How long a kill may take to end, or to restart, everything.
 SECONDS_TO_END = 30.0
-SETTINGS = ["train.num_workers=0", "checkpoint.every_steps=5", "checkpoint.keep_last=2", "train.schedule_steps=100000"]
-# Random numbers of dropout belong to a rank: with other ranks the loss would be another one.
+SECONDS_TO_SAVE = 120.0
+SETTINGS = ["train.num_workers=0", "checkpoint.every_steps=5", "checkpoint.keep_last=2"]
+# Random numbers of dropout belong to a rank: with other ranks the loss would be another one. At ten times this learning
+# rate 110 posts are learned by heart, and after 200 steps a last digit decides.
 NO_DROPOUT = [
     *("model.text.config.hidden_dropout_prob=0", "+model.text.config.attention_probs_dropout_prob=0"),
-    *("model.fusion.dropout=0", "train.lr=1e-3"),
+    *("model.fusion.dropout=0", "train.lr=1e-4"),
 ]
+# How many of ten kills come while ranks start, how many while a state is saved.
+OF_TEN_STARTING, OF_TEN_SAVING = 2, 3
 
 
-class Start:
-    """Ranks that train together."""
+@dataclass
+class Killer:
+    """Kills what belongs to a run."""
 
-    def __init__(self, argv: list[str], world_size: int):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.pids = {rank: _fork(argv, rank, world_size, port) for rank in range(world_size)}
-        self.statuses: dict[int, int] = {}
+    run_dir: Path
+    draw: random.Random
+    met: Counter[str] = field(default_factory=Counter)
+    # Seconds from a kill until everything has ended or begins again.
+    slowest: float = 0.0
 
-    def over(self) -> bool:
-        """Whether all have ended."""
-        for rank, pid in self.pids.items():
-            if rank not in self.statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                self.statuses[rank] = os.waitstatus_to_exitcode(ended[1])
-        return len(self.statuses) == len(self.pids)
+    def strike(self, job: RankJob, ranks: int, others: list[int]) -> bool:
+        """Kill a rank, or now and then the launcher, at a random moment; whether the launcher is left.
 
-    def wait(self, seconds: float) -> bool:
-        """Whether all have ended within a time."""
+        `others` are ranks of the start before, which may still be ending.
+        """
+        self._wait(job, lambda: len(set(ranks_of(job)) - set(others)) == ranks, SECONDS_TO_END)
+        pids = sorted(set(ranks_of(job)) - set(others))
+        self._wait_for_moment(job)
+        launcher = self.draw.random() < 0.1
+        killed = job.pids[0] if launcher else self.draw.choice(pids)
+        os.kill(killed, signal.SIGKILL)
+        since = time.monotonic()
+        self.met["of the launcher" if launcher else "of a rank"] += 1
+        self.met["in a save"] += is_saving(self.run_dir)
+        self._wait(None, lambda: not any(map(alive, pids)), SECONDS_TO_END)
+        self.slowest = max(self.slowest, time.monotonic() - since)
+        return not launcher
+
+    def _wait_for_moment(self, job: RankJob) -> None:
+        """In the start, in a save, or anywhere after one that a new state was saved."""
+        chosen = self.draw.randrange(10)
+        if chosen < OF_TEN_STARTING:
+            time.sleep(self.draw.uniform(0, 2))
+            return
+        before = newest_step(self.run_dir)
+        self._wait(job, lambda: newest_step(self.run_dir) > before, SECONDS_TO_SAVE)
+        if chosen < OF_TEN_STARTING + OF_TEN_SAVING:
+            self._wait(job, lambda: is_saving(self.run_dir), SECONDS_TO_SAVE)
+            time.sleep(self.draw.uniform(0, 0.002))
+        else:
+            time.sleep(self.draw.uniform(0, 0.5))
+
+    def _wait(self, job: RankJob | None, condition, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not self.over():
+        while not condition():
+            if job is not None:
+                expect(not job.over(), job, self.run_dir)
             if time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        return True
-
-    def kill(self, rank: int) -> None:
-        """SIGKILL."""
-        if rank not in self.statuses:
-            os.kill(self.pids[rank], signal.SIGKILL)
-
-
-def _fork(argv: list[str], rank: int, world_size: int, port: int) -> int:
-    pid = os.fork()
-    if pid == 0:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        end_process(entry.main(argv))
-    return pid
+                raise SystemExit(f"{self.run_dir}: nothing happens for {seconds} s" + (job.said() if job else ""))
+            time.sleep(0.001)
 
 
 def survive(folder: Path, run_dir: str, kills: int, changing: bool, draw: random.Random) -> int:
     """Kill so often, then go on to the end; returns the last step."""
-    saving, slowest, started = 0, 0.0, 0
-    settings = [*SETTINGS, *(NO_DROPOUT if changing else ())]
-    while kills:
-        world_size, stage = (1 + started % 2, draw.randrange(4)) if changing else (2, 1)
+    killer, started = Killer(folder / run_dir, draw), 0
+    while killer.met["of a rank"] < kills:
+        ranks, stage = (2 - started % 2, draw.randrange(4)) if changing else (2, 1)
+        settings = [*settings_of(changing), f"zero={stage}"]
+        if changing:
+            settings.append(f"checkpoint.async_save={str(draw.random() < 0.5).lower()}")
+        with train(folder, run_dir, settings, ranks=ranks, restarts=1) as job:
+            before = ranks_of(job)
+            if killer.strike(job, ranks, []):
+                killer._wait(job, lambda: "restart 1 of 1" in job.errors, SECONDS_TO_END)
+                if killer.strike(job, ranks, before):
+                    expect(job.wait(SECONDS_TO_END) == [EXIT_FAILED], job, killer.run_dir)
+                    expect(
+                        "was ended by SIGKILL (is memory short?) (after 1 restarts)" in job.errors, job, killer.run_dir
+                    )
         started += 1
-        job = Start([*arguments(folder, run_dir, *settings), "train.max_steps=100000", f"zero={stage}"], world_size)
-        before = _step(folder / run_dir)
-        starting = draw.random() < 0.2
-        if not _at_work(job, folder / run_dir, None if starting else before, draw):
-            raise SystemExit(f"a start ended by itself: {job.statuses}; see {folder / run_dir}/logs")
-        saving += any((folder / run_dir / "checkpoints").glob(".staging-*"))
-        killed, since = draw.randrange(world_size), time.monotonic()
-        job.kill(killed)
-        if starting:  # Where ranks wait for others to come, it is the launcher that ends them.
-            for rank in range(world_size):
-                job.kill(rank)
-        if not job.wait(SECONDS_TO_END):
-            raise SystemExit(f"rank {killed} was killed {SECONDS_TO_END} s ago, others live on")
-        slowest = max(slowest, time.monotonic() - since)
-        kills -= 1
         print(
-            f"{run_dir}: killed rank {killed} of {world_size}, stage {stage}, after step {_step(folder / run_dir)}",
+            f"{run_dir}: {dict(killer.met)}, {ranks} ranks, stage {stage}, step {newest_step(killer.run_dir)}",
             flush=True,
         )
-    last = _step(folder / run_dir) + 10
-    run(folder, run_dir, last, settings)
-    print(
-        f"{run_dir}: {started} kills, {saving} of them in a save; the others ended within {slowest:.2f} s", flush=True
-    )
+    last = newest_step(killer.run_dir) + 10
+    train_to_the_end(folder, run_dir, settings_of(changing), last)
+    print(f"{run_dir}: kills: {dict(killer.met)}; everything had ended within {killer.slowest:.2f} s", flush=True)
     return last
 
 
-def _at_work(job: Start, run_dir: Path, before: int | None, draw: random.Random) -> bool:
-    """Wait for a random moment after a step later than `before` was saved, or of the start; False when it has ended."""
-    if before is None:
-        return not job.wait(draw.uniform(0, 2))
-    while _step(run_dir) == before:
-        if job.wait(0.005):
-            return False
-    return not job.wait(draw.uniform(0, 1))
-
-
-def run(folder: Path, run_dir: str, last: int, settings: Sequence[str]) -> None:
-    """Train to the end on 2 ranks."""
-    job = Start([*arguments(folder, run_dir, *settings), f"train.max_steps={last}", "zero=1"], 2)
-    if not job.wait(3600) or any(job.statuses.values()):
-        raise SystemExit(f"the last start of {run_dir} ended with {job.statuses}; see {folder / run_dir}/logs")
-
-
-def _step(run_dir: Path) -> int:
-    newest = latest_checkpoint(run_dir)
-    return step_of(newest) if newest else 0
-
-
-def lines(file: Path) -> list[dict]:
-    """The objects of a file with one on each line."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def settings_of(changing: bool) -> list[str]:
+    """Of all starts."""
+    return [*SETTINGS, *(NO_DROPOUT if changing else ())]
 
 
 def check_ids(folder: Path, run_dir: str, last: int) -> None:
     """Every step was delivered once, with the samples of `preview`."""
-    config = compose([*arguments(folder, run_dir, *SETTINGS, *NO_DROPOUT), f"train.max_steps={last}"])
+    config = compose([*arguments(folder, run_dir, *settings_of(True)), f"train.max_steps={last}"])
     reader, order, refused, _ = open_run(config)
     of_ranks = [lines(folder / run_dir / "samples" / f"rank-{rank:05d}.jsonl") for rank in range(2)]
     assert all(len({line["step"] for line in one}) == len(one) for one in of_ranks), "a step stands twice"
@@ -168,35 +158,16 @@ def check_loss(folder: Path, one: str, other: str) -> None:
     assert furthest < TOLERANCE
 
 
-def check_equal(folder: Path, one: str, other: str) -> None:
-    """Bit for bit."""
-    from rank_preemption import equal, results
-
-    last = _step(folder / one)
-    assert equal(results(folder / one, 2, last), results(folder / other, 2, last)), "other results than never killed"
-    print(f"{one}: metrics, samples and weights after {last} steps equal those of the run never killed", flush=True)
-
-
-def main() -> None:
-    """Both forms."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a folder to work in; it must not exist")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    folder: Path = asked.folder.resolve()
-    write_shards(folder)
-    draw = random.Random(asked.seed)
-    last = survive(folder, "changing", asked.kills, True, draw)
-    run(folder, "whole-changing", last, [*SETTINGS, *NO_DROPOUT])
+def changing(folder: Path, kills: int, draw: random.Random) -> None:
+    """The first form."""
+    last = survive(folder, "changing", kills, True, draw)
+    train_to_the_end(folder, "never-killed-changing", settings_of(True), last)
     check_ids(folder, "changing", last)
-    check_loss(folder, "changing", "whole-changing")
-    last = survive(folder, "same", asked.kills, False, draw)
-    run(folder, "whole-same", last, SETTINGS)
-    check_equal(folder, "same", "whole-same")
+    check_loss(folder, "changing", "never-killed-changing")
 
 
-if __name__ == "__main__":
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        sys.exit("set OMP_NUM_THREADS=1: results depend on the number of threads")
-    main()
+def same(folder: Path, kills: int, draw: random.Random) -> None:
+    """The second form."""
+    last = survive(folder, "same", kills, False, draw)
+    train_to_the_end(folder, "never-killed-same", settings_of(False), last)
+    check_equal(folder, "same", "never-killed-same", last)

@@ -1,47 +1,59 @@
-"""Requests to stop at random moments of every phase of training, of its evaluations and saves, and of the evaluate stage.
+"""Training that is asked to stop at random moments of its steps, its evaluations and its saves, and goes on each time.
 
-All ranks must stop after one step with the state saved, and the run that goes on must equal, bit for bit, the one that
-was never stopped.
+Every time all ranks must end with status 75 after one step, which is saved; the launcher's is then 75, too. The run
+that was stopped so often equals, bit for bit, the one that never was.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
+import random
+import re
 from collections import Counter
 from pathlib import Path
 
-from rank_models import run_ranks
-from rank_training import write_shards
+from soak.jobs import check_equal, newest_step, train, train_to_the_end
 
-# The signal comes up to so many seconds after its phase has begun: it may hit the next one as well.
-SPREAD = 0.05
+from crossguard.configs.errors import EXIT_PREEMPTED
 
-
-def main() -> None:
-    """Prints how many requests met a run in each phase, and how many of those did as they should."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a folder to work in; it must not exist")
-    parser.add_argument("--times", type=int, default=10)
-    asked = parser.parse_args()
-    folder: Path = asked.folder.resolve()
-    write_shards(folder)
-    ranks = Path(__file__).parent.parent / "rank_preemption.py"
-    printed = run_ranks(2, ranks, str(folder), str(asked.times), str(SPREAD), timeout=7200)
-    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    good, late = Counter[str](), Counter[str]()
-    for case in found:
-        if case["stopped"] in ([None, None], [False, False]):
-            late[case["phase"]] += 1
-        good[case["phase"]] += case["equal"] and case.get("ended", True) and len(set(case["stopped"])) == 1
-    for phase, count in Counter(case["phase"] for case in found).items():
-        print(f"{phase}: {good[phase]} of {count} well, {late[phase]} of them came after the end", flush=True)
-    sys.exit(sum(good.values()) != len(found))
+SECONDS = 120.0
+SETTINGS = [
+    *("train.num_workers=0", "checkpoint.every_steps=4", "evaluation.every_steps=3", "evaluation.batch_size=4"),
+    *("checkpoint.keep_last=2", "train.loss.name=soak.striking_loss:loss"),
+]
+PHASES = {"training": ("data", "forward", "backward", "step"), "evaluation": ("evaluation",), "saving": ("save",)}
+# The signal comes up to so many seconds after its phase has begun.
+SPREAD = 0.005
 
 
-if __name__ == "__main__":
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        sys.exit("set OMP_NUM_THREADS=1: results depend on the number of threads")
-    main()
+def stop_often(folder: Path, times: int, draw: random.Random) -> None:
+    """So many times in each of PHASES, in turn; ends this program where one of them goes otherwise than it should."""
+    asked, good = Counter[str](), Counter[str]()
+    for number in range(1, times * len(PHASES) + 1):
+        name = list(PHASES)[number % len(PHASES)]
+        asked[name] += 1
+        good[name] += is_stopped(folder, number, draw.choice(PHASES[name]), draw)
+    for name, count in asked.items():
+        print(f"stopped: {name}: {good[name]} of {count} ended at one step with status {EXIT_PREEMPTED}", flush=True)
+    if good != asked:
+        raise SystemExit(f"see {folder / 'stopped'}/logs")
+    last = newest_step(folder / "stopped") + 5
+    for run_dir in ("stopped", "never-stopped"):
+        train_to_the_end(folder, run_dir, SETTINGS, last)
+    check_equal(folder, "stopped", "never-stopped", last)
+
+
+def is_stopped(folder: Path, number: int, phase: str, draw: random.Random) -> bool:
+    """Whether all ranks stop as they should when one is asked to; every other time there is a launcher above them."""
+    strike = {"phase": phase, "times": draw.randint(1, 8), "rank": draw.randrange(2), "delay": draw.uniform(0, SPREAD)}
+    launched = number % 2 == 0
+    environment = {"STRIKE": json.dumps(strike)}
+    with train(folder, "stopped", SETTINGS, ranks=2, launched=launched, environment=environment) as job:
+        statuses = job.wait(SECONDS)
+    logs = [folder / "stopped" / "logs" / f"rank-{rank:05d}.log" for rank in range(2)]
+    steps = [re.findall(r"stopped after step (\d+), which is saved", log.read_text()) for log in logs]
+    good = set(statuses) == {EXIT_PREEMPTED} and steps[0] == steps[1] and len(steps[0]) == number
+    good = good and int(steps[0][-1]) == newest_step(folder / "stopped")
+    if not good:
+        print(f"{strike}: statuses {statuses}, steps {steps}\n{job.said()}", flush=True)
+    return good
