@@ -58,9 +58,11 @@ class CheckpointCopies:
             Their places in the run directory.
         """
         there = {path.name for path in folder.checkpoint_folders(run_dir)}
-        taken = [self._download(run_dir, name) for name in self._complete_ones() if name not in there]
-        folder.point(run_dir)
-        return [path for path in taken if path is not None]
+        found = [self._download(run_dir, name) for name in self._complete_ones() if name not in there]
+        taken = [path for path in found if path is not None]
+        if taken:
+            folder.point(run_dir)
+        return taken
 
     def newest_state(self) -> dict[str, Any] | None:
         """What the newest complete one says about itself, or None where there is none."""

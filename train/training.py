@@ -180,12 +180,12 @@ def _clean(run_dir: Path, config: Config) -> None:
     if config.train.restart:
         checkpoint_folder.move_aside(run_dir)
     checkpoint_folder.remove_staging(run_dir)
-    checkpoint_folder.point(run_dir)
     if copies is not None and newest is not None:
         check_resumable(newest["config"], as_plain(config), copies.url, new_order=config.train.new_order)
         for taken in copies.take(run_dir):
             print(f"train: {taken.name} is taken from {copies.url}", file=sys.stderr, flush=True)
     checkpoint_folder.check_not_lost(run_dir)
+    checkpoint_folder.point(run_dir)
 
 
 def _open_run_dir(run_dir: Path, config: Config, state: TrainState) -> None:
