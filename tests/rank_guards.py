@@ -73,17 +73,14 @@ def engine_after_bad_steps(ranks: Ranks, stage: int, precision: str) -> dict[str
     return found
 
 
-def train(job: list[str], ranks: Ranks, bad: dict[int, tuple[int, Change]], first_step: int = 1) -> tuple[str, str]:
-    """Train with losses that are changed in the second micro-batch of step -> (rank, change): how it ended, and what
-    was said."""
-    passes = 4 // ranks.world_size
-    own_losses.plan(
-        {
-            (step - first_step) * passes + 1: change
-            for step, (rank, change) in bad.items()
-            if rank % ranks.world_size == ranks.rank
-        }
-    )
+def train(
+    job: list[str], ranks: Ranks, bad: dict[int, tuple[int, Change]], first_step: int = 1, micro_batches: int = 4
+) -> tuple[str, str]:
+    """Train with losses that are changed in the second micro-batch (or the only one) of step -> (rank, change): how it
+    ended, and what was said."""
+    passes = micro_batches // ranks.world_size
+    mine = {step: change for step, (rank, change) in bad.items() if rank % ranks.world_size == ranks.rank}
+    own_losses.plan({(step - first_step) * passes + min(1, passes - 1): change for step, change in mine.items()})
     with contextlib.redirect_stderr(io.StringIO()) as said:
         ended = outcome(job, ranks)
     return ended, said.getvalue()

@@ -48,6 +48,8 @@ zero: {stage: 2}
 evaluation: {every_steps: 0}
 tracker: {name: none}
 """
+# So many steps of one pass each that there are losses enough to compare with.
+LONG = [*PLANNED, "checkpoint.every_steps=0", "train.lr=1e-4", "train.micro_batch_size=8"]
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -147,24 +149,22 @@ def test_too_many_in_a_row_stop_all_ranks_also_after_a_resume(folder: Path, foun
 
 def test_a_loss_that_leaps_is_told_once_an_episode_and_alike_after_a_resume(folder: Path) -> None:
     leaps = {step: (0, lambda losses: losses * 30) for step in (40, 41, 42, 45)}
-    settings = [*PLANNED, "checkpoint.every_steps=0", "train.lr=1e-4"]
-    jobs = [arguments(folder, name, *settings) for name in ("leaps", "leaps-resumed")]
-    _, whole = train([*jobs[0], "train.max_steps=48"], alone(), leaps)
-    _, before = train([*jobs[1], "train.max_steps=41"], alone(), leaps)
-    _, after = train([*jobs[1], "train.max_steps=48"], alone(), leaps, first_step=42)
+
+    def said(run_dir: str, last: int, first: int = 1, threshold: int = 10) -> str:
+        settings = [*LONG, f"train.max_steps={last}", f"train.spike_threshold={threshold}"]
+        ended, said = train(arguments(folder, run_dir, *settings), alone(), leaps, first, micro_batches=1)
+        assert ended == "done"
+        return said
+
+    whole, before, after = said("leaps", 48), said("resumed", 41), said("resumed", 48, first=42)
     lines = train_lines(folder / "leaps")
     assert [line["step"] for line in lines if line.get("spike")] == [40, 41, 42, 45]
-    for said in (whole, before + after):
-        assert said.count("(train.spike_threshold)") == 2
-        assert "`crossguard shards preview step=40`" in said
+    assert [line.get("spike") for line in train_lines(folder / "resumed")] == [line.get("spike") for line in lines]
+    for told in (whole, before + after):
+        assert told.count("(train.spike_threshold)") == 2
+        assert "`crossguard shards preview step=40`" in told
     assert "step=45" in after
-    assert [line.get("spike") for line in train_lines(folder / "leaps-resumed")] == [
-        line.get("spike") for line in lines
-    ]
-    _, silent = train(
-        [*arguments(folder, "silent", *settings), "train.max_steps=48", "train.spike_threshold=0"], alone(), leaps
-    )
-    assert "spike" not in silent
+    assert "spike" not in said("silent", 40, threshold=0)
 
 
 def test_what_is_typical() -> None:
@@ -265,15 +265,9 @@ def test_an_operation_without_deterministic_form_is_named(folder: Path) -> None:
 
 
 def test_alerts_reach_wandb_offline(folder: Path) -> None:
-    leaps = {step: (0, lambda losses: losses * 30) for step in (33,)} | dict.fromkeys((35, 36), (0, second_is_nan))
-    settings = [
-        *PLANNED,
-        "checkpoint.every_steps=0",
-        "train.lr=1e-4",
-        "train.max_skipped_steps=2",
-        "tracker.name=wandb",
-    ]
-    ended, _ = train([*arguments(folder, "alerting", *settings), "train.max_steps=40"], alone(), leaps)
+    leaps = {33: (0, lambda losses: losses * 30)} | dict.fromkeys((35, 36), (0, second_is_nan))
+    settings = [*LONG, "train.max_steps=40", "train.max_skipped_steps=2", "tracker.name=wandb"]
+    ended, _ = train(arguments(folder, "alerting", *settings), alone(), leaps, micro_batches=1)
     assert "2 steps in a row, up to step 36" in ended
     (file,) = (folder / "alerting" / "wandb").glob("offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 30  # W&B's service writes the end of the file after it has let the run go.

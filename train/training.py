@@ -110,18 +110,7 @@ def _train(
         saver,
     ):
         refusals.open(state.step + 1)
-        loader = TrainLoader(
-            inputs.reader,
-            inputs.order,
-            inputs.encode,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            micro_batch_size=micro_batch.size,
-            num_workers=config.train.num_workers,
-            start_step=state.step + 1,
-            end_step=last_step,
-            on_refused=refusals.write,
-        )
+        loader = _open_loader(config, inputs, ranks, micro_batch, range(state.step + 1, last_step + 1), refusals)
         TrainLoop(
             config,
             engine,
@@ -136,6 +125,24 @@ def _train(
             validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
             save=save,
         ).run()
+
+
+def _open_loader(
+    config: Config, inputs: Inputs, ranks: Ranks, micro_batch: MicroBatch, steps: range, refusals: Refusals
+) -> TrainLoader:
+    """This rank's share of the steps."""
+    return TrainLoader(
+        inputs.reader,
+        inputs.order,
+        inputs.encode,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch_size=micro_batch.size,
+        num_workers=config.train.num_workers,
+        start_step=steps.start,
+        end_step=steps.stop - 1,
+        on_refused=refusals.write,
+    )
 
 
 def _about(config: Config, inputs: Inputs, state: TrainState, tracker: Tracker) -> dict[str, Any]:
