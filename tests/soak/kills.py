@@ -13,6 +13,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,13 +61,10 @@ class Killer:
     # Seconds from a kill until everything has ended or begins again.
     slowest: float = 0.0
 
-    def strike(self, job: RankJob, ranks: int, others: list[int]) -> bool:
-        """Kill a rank, or now and then the launcher, at a random moment; whether the launcher is left.
-
-        `others` are ranks of the start before, which may still be ending.
-        """
-        self._wait(job, lambda: len(set(ranks_of(job)) - set(others)) == ranks, SECONDS_TO_END)
-        pids = sorted(set(ranks_of(job)) - set(others))
+    def strike(self, job: RankJob, ranks: int) -> bool:
+        """Kill a rank, or now and then the launcher, at a random moment; whether the launcher is left."""
+        self.wait(job, lambda: len(ranks_of(job)) == ranks, SECONDS_TO_END)
+        pids = ranks_of(job)
         self._wait_for_moment(job)
         launcher = self.draw.random() < 0.1
         killed = job.pids[0] if launcher else self.draw.choice(pids)
@@ -74,7 +72,7 @@ class Killer:
         since = time.monotonic()
         self.met["of the launcher" if launcher else "of a rank"] += 1
         self.met["in a save"] += is_saving(self.run_dir)
-        self._wait(None, lambda: not any(map(alive, pids)), SECONDS_TO_END)
+        self.wait(None, lambda: not any(map(alive, pids)), SECONDS_TO_END)
         self.slowest = max(self.slowest, time.monotonic() - since)
         return not launcher
 
@@ -85,14 +83,15 @@ class Killer:
             time.sleep(self.draw.uniform(0, 2))
             return
         before = newest_step(self.run_dir)
-        self._wait(job, lambda: newest_step(self.run_dir) > before, SECONDS_TO_SAVE)
+        self.wait(job, lambda: newest_step(self.run_dir) > before, SECONDS_TO_SAVE)
         if chosen < OF_TEN_STARTING + OF_TEN_SAVING:
-            self._wait(job, lambda: is_saving(self.run_dir), SECONDS_TO_SAVE)
+            self.wait(job, lambda: is_saving(self.run_dir), SECONDS_TO_SAVE)
             time.sleep(self.draw.uniform(0, 0.002))
         else:
             time.sleep(self.draw.uniform(0, 0.5))
 
-    def _wait(self, job: RankJob | None, condition, seconds: float) -> None:
+    def wait(self, job: RankJob | None, condition: Callable[[], bool], seconds: float) -> None:
+        """Until something is so; a job that ends before that, or takes longer, ends this program."""
         deadline = time.monotonic() + seconds
         while not condition():
             if job is not None:
@@ -111,10 +110,9 @@ def survive(folder: Path, run_dir: str, kills: int, changing: bool, draw: random
         if changing:
             settings.append(f"checkpoint.async_save={str(draw.random() < 0.5).lower()}")
         with train(folder, run_dir, settings, ranks=ranks, restarts=1) as job:
-            before = ranks_of(job)
-            if killer.strike(job, ranks, []):
-                killer._wait(job, lambda: "restart 1 of 1" in job.errors, SECONDS_TO_END)
-                if killer.strike(job, ranks, before):
+            if killer.strike(job, ranks):
+                killer.wait(job, lambda: "restart 1 of 1" in job.errors, SECONDS_TO_END)
+                if killer.strike(job, ranks):
                     expect(job.wait(SECONDS_TO_END) == [EXIT_FAILED], job, killer.run_dir)
                     expect(
                         "was ended by SIGKILL (is memory short?) (after 1 restarts)" in job.errors, job, killer.run_dir
