@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "train.new_order",
     "train.num_workers",
     "train.patience",
+    "train.profile",
     "train.restart",
     "train.step_timeout",
     "zero",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from crossguard.configs.errors import JobError, Preempted
 from crossguard.configs.progress import progress
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch
-from crossguard.train import preemption, watchdog
+from crossguard.train import phases, preemption, watchdog
 from crossguard.train.engine import Engine
 from crossguard.train.objectives import Objective, known_labels
 from crossguard.train.optimizer import learning_rate
 from crossguard.train.refusals import Refusals
 from crossguard.train.step_log import StepLog
+from crossguard.train.throughput import Work
 
 
 @dataclass
@@ -47,6 +47,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    work: Work
 
 
 class TrainLoop:
@@ -98,14 +99,13 @@ class TrainLoop:
                 self._evaluate_and_save(saved=True)
             batches_of_steps = iter(self.loader)
             while state.step < self.last_step and not out_of_patience(state, self.config):
-                watchdog.phase("data")
-                asked = time.perf_counter()
+                phases.enter(phases.DATA)
                 batches = next(batches_of_steps)
-                fetched = time.perf_counter()
                 result = self.train_step(state.step + 1, batches)
                 watchdog.arm()
+                phases.enter(phases.LOG)
                 state.step += 1
-                self.log.step(state.step, result, batches, waited=fetched - asked)
+                self.log.step(state.step, result, batches)
                 self._evaluate_and_save()
                 shown.advance(note=f"loss {result.loss:.4f}")
 
@@ -116,34 +116,36 @@ class TrainLoop:
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
+        # Counted on the host, and told together, so that the ranks talk once.
+        labels = sum(int(known_labels(batch.labels)) for batch in batches)
+        mine = [labels, self.refusals.take(), preemption.asked(), *self.log.work(batches).counts()]
         batches = [batch.to(ranks.device) for batch in batches]
 
-        watchdog.phase("waiting for the other ranks")
-        known = torch.stack([known_labels(batch.labels) for batch in batches]).sum()
-        mine = torch.full_like(known, self.refusals.take()), torch.full_like(known, preemption.asked())
-        known, damaged, asked = ranks.sum(torch.stack([known, *mine]))
-        known = known.clamp(min=1)
+        phases.enter(phases.WAITING)
+        told = ranks.sum(torch.tensor(mine, device=ranks.device))
+        known = told[0].clamp(min=1)
 
         total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for batch in batches:
-            watchdog.phase("forward")
+            phases.enter(phases.FORWARD)
             logits = engine(batch)
             loss = self.objective(logits, batch.labels).sum() / known
-            watchdog.phase("backward")
+            phases.enter(phases.BACKWARD)
             engine.backward(loss)
             total += loss.detach()
 
-        watchdog.phase("waiting for the other ranks")
+        phases.enter(phases.WAITING)
         global_loss = float(ranks.sum(total))
         # Before the update, so that the weights stay as they were.
         self._check_finite("loss", global_loss, step, batches)
-        self.refusals.check(int(damaged))
+        _, damaged, asked, *work = told.tolist()
+        self.refusals.check(damaged)
         self._stop = bool(asked)
 
-        watchdog.phase("step")
+        phases.enter(phases.STEP)
         grad_norm = engine.step(lr)
         self._check_finite("gradient", grad_norm, step, batches)
-        return StepResult(global_loss, grad_norm, lr)
+        return StepResult(global_loss, grad_norm, lr, Work(*work))
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.
@@ -158,7 +160,7 @@ class TrainLoop:
         every = self.config.checkpoint.every_steps
         save = self._stop or best or last or (every and step % every == 0) or out_of_patience(state, self.config)
         if save and not (saved and state.evaluation_due):
-            watchdog.phase("save")
+            phases.enter(phases.CHECKPOINT)
             self.save(best)
             self._stop = self._stop or self.engine.ranks.any(preemption.asked())
         if self._stop:
@@ -168,6 +170,7 @@ class TrainLoop:
         """Whether this evaluation is the best so far; it stays due when a rank is asked to stop before its end."""
         if self.validate is None or self._stop:
             return False
+        phases.enter(phases.EVALUATION)
         best = False
         with suppress(Preempted):
             best = self._is_best(self.validate(step))

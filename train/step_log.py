@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,11 @@ import torch
 from crossguard.configs.errors import Preempted
 from crossguard.configs.schema import TrainConfig
 from crossguard.data.loading.collate import Batch
+from crossguard.train import phases
+from crossguard.train.compute import Compute
 from crossguard.train.metrics_log import LineLog, metrics_file, samples_file
 from crossguard.train.ranks import Ranks
+from crossguard.train.throughput import Throughput, Work
 from crossguard.train.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -22,24 +25,39 @@ if TYPE_CHECKING:
 
 
 class StepLog:
-    """Rank 0 logs numbers, every rank its samples. Speed and waiting are means since the line before."""
+    """Rank 0 logs numbers, every rank its samples.
 
-    def __init__(self, run_dir: Path, train: TrainConfig, ranks: Ranks, tracker: Tracker):
-        self._train, self._ranks, self._tracker = train, ranks, tracker
+    Args:
+        run_dir: where files go.
+        train: what is logged.
+        ranks: all of them.
+        tracker: is told the same numbers.
+        compute: what the ranks together could do, where that is known.
+    """
+
+    def __init__(
+        self, run_dir: Path, train: TrainConfig, ranks: Ranks, tracker: Tracker, compute: Compute | None = None
+    ):
+        self._train, self._ranks, self._tracker, self._compute = train, ranks, tracker, compute
         self._metrics = LineLog(metrics_file(run_dir)) if ranks.is_first else None
         self._samples = LineLog(samples_file(run_dir, ranks.rank)) if train.log_samples else None
         self._process = psutil.Process()
-        self._start_window()
+        self._throughput = Throughput(ranks.device, compute)
+        self._open = ExitStack()
 
-    def step(self, step: int, result: StepResult, batches: list[Batch], waited: float) -> None:
-        """A step is done; `waited` seconds of it passed before its samples were there."""
+    def work(self, batches: list[Batch]) -> Work:
+        """What this rank's share of a step is, for `step` to be given that of all ranks; the batches are on the host."""
+        return Work.of(batches, self._compute)
+
+    def step(self, step: int, result: StepResult, batches: list[Batch]) -> None:
+        """A step is done."""
         if self._samples is not None:
             self._samples.write({"step": step, "ids": [post for batch in batches for post in batch.ids]})
-        self._steps += 1
-        self._waited += waited
-        if self._metrics is None or step % self._train.log_every:
+        if self._metrics is None:
             return
-        seconds = time.perf_counter() - self._since
+        self._throughput.add(result.work)
+        if step % self._train.log_every:
+            return
         self._write(
             {
                 "split": "train",
@@ -47,26 +65,26 @@ class StepLog:
                 "loss": result.loss,
                 "lr": result.lr,
                 "grad_norm": result.grad_norm,
-                "samples_per_second": self._steps * self._train.batch_size / seconds,
-                "data_wait": self._waited / seconds,
+                **self._throughput.take(),
                 "memory_mb": self._memory_mb(),
             }
         )
-        self._start_window()
 
     def evaluation(self, split: str, step: int, metrics: dict[str, Any]) -> None:
-        """An evaluation is done; nested metrics become dotted names. Its time is not that of the steps."""
+        """An evaluation is done; nested metrics become dotted names."""
         if self._metrics is not None:
             self._write({"split": split, "step": step, **flat(metrics)})
-        self._start_window()
 
     def __enter__(self) -> StepLog:
+        if self._metrics is not None:
+            self._open.enter_context(phases.listening(self._throughput.times.enter))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close files and tracker. A job that was preempted has not failed: it goes on."""
+        self._open.close()
         for log in (self._metrics, self._samples):
             if log is not None:
                 log.close()
@@ -77,9 +95,6 @@ class StepLog:
         self._metrics.write(line)
         numbers = {name: value for name, value in line.items() if name not in ("split", "step")}
         self._tracker.log({f"{line['split']}/{name}": value for name, value in numbers.items()}, line["step"])
-
-    def _start_window(self) -> None:
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def _memory_mb(self) -> float:
         """Peak memory of the GPU, or resident memory of the process without one, in MiB."""

@@ -14,15 +14,17 @@ from crossguard.configs.schema import Config
 from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.refused import FILE_NAME, Refused
-from crossguard.train import checkpoint_folder, preemption, watchdog
+from crossguard.train import checkpoint_folder, phases, preemption
 from crossguard.train.checkpoint import load_checkpoint, newest_valid
 from crossguard.train.checkpoint_saving import CheckpointSaver
+from crossguard.train.compute import find_compute
 from crossguard.train.engine import Engine
 from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
 from crossguard.train.metrics_log import cut_after
 from crossguard.train.models import build_model
 from crossguard.train.objectives import build_objective
+from crossguard.train.profiling import profiling
 from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
 from crossguard.train.refusals import Refusals
@@ -77,14 +79,16 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         refusals.agree()
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
+    compute = find_compute(config, inputs.encode.num_policies, ranks)
     saver = CheckpointSaver(
         run_dir, engine, keep_last=config.checkpoint.keep_last, in_background=config.checkpoint.async_save
     )
     with (
         preemption.holding(),
-        StepLog(run_dir, config.train, ranks, tracker) as log,
+        profiling(run_dir, ranks) if config.train.profile else contextlib.nullcontext(),
+        StepLog(run_dir, config.train, ranks, tracker, compute) as log,
         contextlib.closing(refusals),
-        watchdog.resting_after(),
+        phases.resting_after(),
         saver,
     ):
         refusals.open(state.step + 1)
