@@ -60,7 +60,11 @@ class Shapes:
     @contextmanager
     def _open(self, images: int | None = None) -> Iterator[None]:
         """Inside, tensors on "cpu" have a shape and a type, and no memory."""
-        with self._mode, _Answers(images or self.config.model.image.max_images), _FusedAttention(self.config.cluster.is_gpu):
+        with (
+            self._mode,
+            _Answers(images or self.config.model.image.max_images),
+            _FusedAttention(self.config.cluster.is_gpu),
+        ):
             yield
 
 
