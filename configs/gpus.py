@@ -1,4 +1,4 @@
-"""The kinds of GPU whose figures are known: the files of `configs/cluster/`, of the package and the working directory."""
+"""The kinds of GPU whose figures are known: files of `configs/cluster/`, the package's and the working directory's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def figures_of(device_name: str) -> ClusterConfig | None:
     """The figures of the GPU that torch.cuda.get_device_name() calls `device_name`; None when no file names it."""
     for choice in group_choices("cluster"):
         file = group_file("cluster", choice)
-        found = OmegaConf.load(file) if file else OmegaConf.create()
-        if device_name in (found.get("device_names") or []):
-            figures = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), found))
+        figures = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(file) if file else {})
+        if device_name in figures.device_names:
+            figures = OmegaConf.to_object(figures)
             assert isinstance(figures, ClusterConfig)
             return figures
     return None

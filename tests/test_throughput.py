@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from rank_models import alone
-from rank_training import arguments, write_shards
+from rank_training import arguments, token_lengths, write_shards
 from test_planning import MODELS, config_of
-from tiny_models import POSTS, SIZE, TAXONOMY
+from tiny_models import BOTH, NEITHER, ONLY_IMAGES, POSTS, SIZE, TAXONOMY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,15 +56,8 @@ def training_lines(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["split"] == "train"]
 
 
-def tokens_by_id(job: Path) -> dict[str, int]:
-    """Of every post of the job."""
-    tokenizer = load_tokenizer(compose(arguments(job, "run")).model.text)
-    posts = [json.loads(line) for line in (job / "posts.jsonl").read_text().splitlines()]
-    return {post["id"]: len(tokenizer.encode(post["text"], 24)) for post in posts}
-
-
 def test_tokens_are_those_of_the_posts_of_the_step(job: Path) -> None:
-    tokens = tokens_by_id(job)
+    tokens = token_lengths(job)
     samples = [json.loads(line) for line in (job / "run/samples/rank-00000.jsonl").read_text().splitlines()]
     lines = training_lines(job / "run")
     assert [line["step"] for line in lines] == [*range(1, 9)]
@@ -91,7 +83,7 @@ def test_every_line_tells_where_its_time_went(job: Path) -> None:
 
 
 def test_a_profile_shows_phases_and_shapes_and_no_post(job: Path) -> None:
-    content = gzip.open(job / "run/profile/rank-00000.json.gz", "rt").read()
+    content = gzip.decompress((job / "run/profile/rank-00000.json.gz").read_bytes()).decode()
     events = json.loads(content)["traceEvents"]
     shown = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     # Four micro-batches a step.
@@ -138,13 +130,13 @@ class Clock:
 
 
 @pytest.fixture(params=[CPU, GPU], ids=["cpu", "gpu"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose clock is `Clock.now`."""
     Clock.now, Clock.made = 0.0, 0
     monkeypatch.setattr(phase_times.time, "perf_counter", lambda: Clock.now)
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     device: torch.device = request.param
-    yield device
+    return device
 
 
 def pass_phases(times: PhaseTimes, *passed: tuple[str, float]) -> None:
@@ -177,11 +169,9 @@ def test_rates_leave_out_checkpoints_and_evaluations(device: torch.device) -> No
     pass_phases(throughput.times, *done)
     throughput.add(Work(posts=16, tokens=30, places=80, kiloflops=500))
     throughput.add(Work(posts=16, tokens=30, places=40, kiloflops=500))
-    assert throughput.take() == {
-        **{"samples_per_second": 8, "tokens_per_second": 15, "padding": 0.5, "mfu": 0.25, "data_wait": 0.25},
-        **dict.fromkeys(SHARES.values(), 0),
-        **{"time.data": 0.05, "time.forward": 0.1, "time.evaluation": 0.2, "time.checkpoint": 0.6, "time.step": 0.05},
-    }
+    rates = {"samples_per_second": 8, "tokens_per_second": 15, "padding": 0.5, "mfu": 0.25, "data_wait": 0.25}
+    shares = {"time.data": 0.05, "time.forward": 0.1, "time.evaluation": 0.2, "time.checkpoint": 0.6, "time.step": 0.05}
+    assert throughput.take() == rates | dict.fromkeys(SHARES.values(), 0) | shares
 
 
 @pytest.mark.parametrize("frozen", [[], ["text.*"], ["image.*"]], ids=str)
@@ -191,8 +181,8 @@ def test_operations_are_those_that_torch_counts(name: str, frozen: list[str]) ->
     model = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), 0)
     freeze(model, frozen)
     flops = PostFlops.of_model(config, 2)
-    posts = [post for post in POSTS if post.images]
-    assert {len(post.images) for post in posts} == {1, 2, 3}
+    posts = [post for post in POSTS if post.images and post.input_ids is not None]
+    assert {len(post.images) for post in posts} == {1, 3}
     counted = []
     for post in posts:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -201,6 +191,8 @@ def test_operations_are_those_that_torch_counts(name: str, frozen: list[str]) ->
         assert flops.of(batch_of(post)) == pytest.approx(counted[-1], rel=1e-6)
     # Beside each other as well: padding is none of a post's operations.
     assert flops.of(batch_of(*posts)) == pytest.approx(sum(counted), rel=1e-6)
+    # Nor are the token and the image that stand in for those that a post lacks.
+    assert flops.of(batch_of(NEITHER)) < flops.of(batch_of(ONLY_IMAGES)) < flops.of(batch_of(BOTH, ONLY_IMAGES))
 
 
 def test_operations_of_text_alone() -> None:

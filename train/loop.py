@@ -112,40 +112,43 @@ class TrainLoop:
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
 
-        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0.
+        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. The ranks talk
+        once, while the last backward pass runs: gradients are those of a loss that is divided by the number of all
+        labels, until the update knows how many are known.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
-        # Counted on the host, and told together, so that the ranks talk once.
-        labels = sum(int(known_labels(batch.labels)) for batch in batches)
-        mine = [labels, self.refusals.take(), preemption.asked(), *self.log.work(batches).counts()]
+        # Counted while they are on the host.
+        work = self.log.work(batches)
+        known = sum(int(known_labels(batch.labels)) for batch in batches)
+        most = self.config.train.batch_size * batches[0].labels.shape[1]
         batches = [batch.to(ranks.device) for batch in batches]
 
-        phases.enter(phases.WAITING)
-        told = ranks.sum(torch.tensor(mine, device=ranks.device))
-        known = told[0].clamp(min=1)
-
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for batch in batches:
+        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+        for number, batch in enumerate(batches, 1):
             phases.enter(phases.FORWARD)
-            logits = engine(batch)
-            loss = self.objective(logits, batch.labels).sum() / known
-            phases.enter(phases.BACKWARD)
-            engine.backward(loss)
+            loss = self.objective(engine(batch), batch.labels).sum()
             total += loss.detach()
+            if number == len(batches):
+                mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
+                told = ranks.begin_sum(torch.cat([total, total.new_tensor(mine)]))
+            phases.enter(phases.BACKWARD)
+            engine.backward(loss / most)
 
         phases.enter(phases.WAITING)
-        global_loss = float(ranks.sum(total))
+        loss_sum, *counts = told().tolist()
+        known, damaged, asked, *work_of_all = map(int, counts)
+        known = max(known, 1)
+        global_loss = loss_sum / known
         # Before the update, so that the weights stay as they were.
         self._check_finite("loss", global_loss, step, batches)
-        _, damaged, asked, *work = told.tolist()
         self.refusals.check(damaged)
         self._stop = bool(asked)
 
         phases.enter(phases.STEP)
-        grad_norm = engine.step(lr)
+        grad_norm = engine.step(lr, scale=most / known)
         self._check_finite("gradient", grad_norm, step, batches)
-        return StepResult(global_loss, grad_norm, lr, Work(*work))
+        return StepResult(global_loss, grad_norm, lr, Work(*work_of_all))
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.

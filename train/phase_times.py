@@ -1,4 +1,4 @@
-"""How long each phase took: by the clock of the host, or of the GPU, whose work goes on after the host has asked for it."""
+"""How long each phase took: by the clock of the host, or of the GPU, which works on after the host has asked it to."""
 
 from __future__ import annotations
 

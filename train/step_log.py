@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +16,17 @@ from crossguard.configs.schema import TrainConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train import phases
 from crossguard.train.compute import Compute
-from crossguard.train.metrics_log import LineLog, metrics_file, samples_file
+from crossguard.train.metrics_log import TRAIN, LineLog, metrics_file, samples_file
 from crossguard.train.ranks import Ranks
 from crossguard.train.throughput import Throughput, Work
 from crossguard.train.tracking import Tracker
 
 if TYPE_CHECKING:
     from crossguard.train.loop import StepResult
+
+
+# Training lines that the tracker is told in a second: to W&B one takes as long as a small step does.
+MOST_TOLD = 10
 
 
 class StepLog:
@@ -31,7 +36,7 @@ class StepLog:
         run_dir: where files go.
         train: what is logged.
         ranks: all of them.
-        tracker: is told the same numbers.
+        tracker: is told the same numbers; where lines come fast, not all of them.
         compute: what the ranks together could do, where that is known.
     """
 
@@ -41,12 +46,15 @@ class StepLog:
         self._train, self._ranks, self._tracker, self._compute = train, ranks, tracker, compute
         self._metrics = LineLog(metrics_file(run_dir)) if ranks.is_first else None
         self._samples = LineLog(samples_file(run_dir, ranks.rank)) if train.log_samples else None
+        # When the tracker was told, and the training line that it was not.
+        self._told_at = float("-inf")
+        self._untold: dict[str, Any] | None = None
         self._process = psutil.Process()
         self._throughput = Throughput(ranks.device, compute)
         self._open = ExitStack()
 
     def work(self, batches: list[Batch]) -> Work:
-        """What this rank's share of a step is, for `step` to be given that of all ranks; the batches are on the host."""
+        """This rank's share of a step, for `step` to be given that of all ranks; the batches are still on the host."""
         return Work.of(batches, self._compute)
 
     def step(self, step: int, result: StepResult, batches: list[Batch]) -> None:
@@ -60,7 +68,7 @@ class StepLog:
             return
         self._write(
             {
-                "split": "train",
+                "split": TRAIN,
                 "step": step,
                 "loss": result.loss,
                 "lr": result.lr,
@@ -73,6 +81,7 @@ class StepLog:
     def evaluation(self, split: str, step: int, metrics: dict[str, Any]) -> None:
         """An evaluation is done; nested metrics become dotted names."""
         if self._metrics is not None:
+            self._tell_untold()
             self._write({"split": split, "step": step, **flat(metrics)})
 
     def __enter__(self) -> StepLog:
@@ -85,6 +94,7 @@ class StepLog:
     ) -> None:
         """Close files and tracker. A job that was preempted has not failed: it goes on."""
         self._open.close()
+        self._tell_untold()
         for log in (self._metrics, self._samples):
             if log is not None:
                 log.close()
@@ -93,6 +103,14 @@ class StepLog:
     def _write(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None
         self._metrics.write(line)
+        self._untold = line
+        if line["split"] != TRAIN or time.monotonic() - self._told_at >= 1 / MOST_TOLD:
+            self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        if self._untold is None:
+            return
+        line, self._untold, self._told_at = self._untold, None, time.monotonic()
         numbers = {name: value for name, value in line.items() if name not in ("split", "step")}
         self._tracker.log({f"{line['split']}/{name}": value for name, value in numbers.items()}, line["step"])
 
