@@ -112,9 +112,9 @@ class TrainLoop:
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
 
-        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. The ranks talk
-        once, while the last backward pass runs: gradients are those of a loss that is divided by the number of all
-        labels, until the update knows how many are known.
+        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. The ranks tell
+        each other once how many labels they know, and all else, when the last forward pass is done. So gradients are
+        those of a loss that is divided by the number of all labels, until the update knows how many are known.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
@@ -130,13 +130,13 @@ class TrainLoop:
             loss = self.objective(engine(batch), batch.labels).sum()
             total += loss.detach()
             if number == len(batches):
+                phases.enter(phases.WAITING)
                 mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
-                told = ranks.begin_sum(torch.cat([total, total.new_tensor(mine)]))
+                told = ranks.sum(torch.cat([total, total.new_tensor(mine)]))
             phases.enter(phases.BACKWARD)
             engine.backward(loss / most)
 
-        phases.enter(phases.WAITING)
-        loss_sum, *counts = told().tolist()
+        loss_sum, *counts = told.tolist()
         known, damaged, asked, *work_of_all = map(int, counts)
         known = max(known, 1)
         global_loss = loss_sum / known

@@ -52,17 +52,6 @@ class Ranks:
             dist.all_reduce(value, group=self.group)
         return value
 
-    def begin_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin to sum `value` over all ranks, in place; the result is there when what is returned has been called."""
-        work = dist.all_reduce(value, group=self.group, async_op=True) if self.world_size > 1 else None
-
-        def finish() -> torch.Tensor:
-            if work is not None:
-                work.wait()
-            return value
-
-        return finish
-
     def gather(self, value: T) -> list[T]:
         """The small object of every rank, on every rank."""
         if self.world_size == 1:

@@ -129,7 +129,8 @@ def trainer(config: Config, ranks: Ranks, turns: Turns, deepspeed: dict[str, Any
     turns.end()
     engine = trained.model_wrapped
     assert isinstance(engine, DeepSpeedEngine) == (deepspeed is not None), type(engine)
-    assert deepspeed is None or engine.zero_optimization_stage() == config.zero.stage
+    if deepspeed is not None:
+        assert (engine.zero_optimization_stage(), engine.global_steps) == (config.zero.stage, MOST_STEPS)
 
 
 def trainer_with_deepspeed(config: Config, ranks: Ranks, turns: Turns) -> None:
