@@ -21,6 +21,7 @@ OWNED = {
     "torch_autocast.enabled": "train.precision",
     "torch_autocast.dtype": "train.precision",
     "zero_optimization.stage": "zero=0, 1, 2 or 3",
+    "zero_optimization.compute_grad_norm": "the default: the norm tells when a gradient is not finite",
 }
 
 

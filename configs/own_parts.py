@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crossguard.configs.errors import CrossguardError, UserError
+from crossguard.configs.errors import CrossguardError, UserError, is_out_of_memory
 from crossguard.configs.suggest import did_you_mean
 
 T = TypeVar("T")
 # Of torch, which is not imported here.
-DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
+DEVICE_ERROR = "AcceleratorError"
 
 
 def find_own(spec: str, key: str) -> None:
@@ -61,10 +61,10 @@ def naming(part: Callable[..., T], setting: str) -> Callable[..., T]:
     def call(*arguments: Any) -> T:
         try:
             return part(*arguments)
-        except (CrossguardError, MemoryError, OSError):
+        except (CrossguardError, OSError):
             raise
         except Exception as error:
-            if type(error).__name__ in DEVICE_ERRORS:
+            if type(error).__name__ == DEVICE_ERROR or is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())[:200]
             # Below this frame lies the user's; there is none where the arguments do not fit.

@@ -31,10 +31,13 @@ MAY_CHANGE = (
     "recipe",
     "run_dir",
     "tracker",
+    # Like another number of ranks, it changes how sums are rounded, and nothing else.
+    "train.deterministic",
     "train.log_every",
     "train.log_samples",
     "train.max_epochs",
     "train.max_refused",
+    "train.max_skipped_steps",
     "train.max_steps",
     "train.micro_batch_size",
     "train.new_order",
@@ -42,6 +45,7 @@ MAY_CHANGE = (
     "train.patience",
     "train.profile",
     "train.restart",
+    "train.spike_threshold",
     "train.step_timeout",
     "zero",
 )

@@ -8,7 +8,16 @@ import sys
 import time
 from pathlib import Path
 
-from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    JobError,
+    OutOfMemory,
+    Preempted,
+    UserError,
+)
 from crossguard.configs.preemption import SIGNALS, on_preemption
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.processes import RankProcesses
@@ -21,7 +30,8 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_
     """Run `python -m crossguard.train ARGUMENTS` on `num_procs` ranks and wait for the end.
 
     A rank that is lost, killed by a signal or hanging, ends the others; they start again up to `launcher.max_restarts`
-    times and go on from the newest checkpoint.
+    times and go on from the newest checkpoint. Where one was out of memory they start again as well, and that is not
+    counted: each time they take fewer posts at once, and fail when it was a single one.
 
     Args:
         arguments: of the ranks.
@@ -35,21 +45,25 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_
         JobError: a rank failed, or was lost once too often.
     """
     restarts = 0
-    while lost := _run(arguments, num_procs, config):
-        if restarts == config.max_restarts:
-            tried = f" (after {restarts} restarts)" if restarts else ""
-            raise JobError(f"{lost}{tried}; see logs/ in the run directory; start again, or set launcher.max_restarts")
-        restarts += 1
-        # Once may be an accident; a rank that is lost again may lack a place to live.
-        if config.elastic and restarts > 1:
-            num_procs = next((n for n in range(num_procs - 1, 0, -1) if shared_out % n == 0), num_procs)
+    while True:
+        try:
+            lost = _run(arguments, num_procs, config)
+        except OutOfMemory as error:
+            _say(f"{error}; starting again")
+        else:
+            if not lost:
+                return
+            if restarts == config.max_restarts:
+                tried = f" (after {restarts} restarts)" if restarts else ""
+                advice = "see logs/ in the run directory; start again, or set launcher.max_restarts"
+                raise JobError(f"{lost}{tried}; {advice}")
+            restarts += 1
+            # Once may be an accident; a rank that is lost again may lack a place to live.
+            if config.elastic and restarts > 1:
+                num_procs = next((n for n in range(num_procs - 1, 0, -1) if shared_out % n == 0), num_procs)
+            _say(f"{lost}; restart {restarts} of {config.max_restarts} on {num_procs} ranks")
         # The checkpoints of the first start are not to be moved aside, whoever asked for that; the last word counts.
         arguments = [*arguments, "train.restart=false"]
-        print(
-            f"crossguard: {lost}; restart {restarts} of {config.max_restarts} on {num_procs} ranks",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def count_gpus() -> int:
@@ -100,6 +114,9 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
     preempted = asked and EXIT_FAILED not in statuses
     if preempted or statuses & {EXIT_PREEMPTED, *(-name for name in SIGNALS)}:
         raise Preempted("preempted; start again and it goes on where it stopped")
+    # The others may have ended as well, of having lost this one.
+    if short := [rank for rank, status in ended.items() if status == EXIT_OUT_OF_MEMORY]:
+        raise OutOfMemory(f"rank {short[0]} was out of memory")
     killed = {rank: signal.Signals(-status).name for rank, status in ended.items() if status < 0}
     if killed:
         return ", ".join(f"rank {rank} was ended by {_explained(name)}" for rank, name in killed.items())
@@ -108,6 +125,10 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
         what = ", ".join(f"rank {rank} ended with exit status {status}" for rank, status in failed.items())
         raise JobError(f"{what}; see logs/ in the run directory")
     return ""
+
+
+def _say(message: str) -> None:
+    print(f"crossguard: {message}", file=sys.stderr, flush=True)
 
 
 def _explained(name: str) -> str:

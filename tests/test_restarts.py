@@ -14,7 +14,16 @@ import psutil
 import pytest
 from rank_training import arguments, write_shards
 
-from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    JobError,
+    OutOfMemory,
+    Preempted,
+    UserError,
+)
 from crossguard.launchers.local import _outcome
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 
@@ -107,6 +116,10 @@ def test_the_launcher_passes_on_a_request_to_stop(job: Job) -> None:
         ({0: EXIT_USER_ERROR, 1: EXIT_FAILED}, False, UserError),
         ({0: EXIT_FAILED, 1: EXIT_FAILED}, False, JobError),
         ({0: EXIT_FAILED}, True, JobError),
+        ({0: EXIT_FAILED, 1: EXIT_OUT_OF_MEMORY}, False, OutOfMemory),
+        ({0: -signal.SIGABRT, 1: EXIT_OUT_OF_MEMORY}, False, OutOfMemory),
+        ({1: EXIT_OUT_OF_MEMORY}, True, Preempted),
+        ({0: EXIT_PREEMPTED, 1: EXIT_OUT_OF_MEMORY}, False, Preempted),
     ],
 )
 def test_what_the_ends_of_ranks_mean(ended: dict[int, int], asked: bool, outcome: type[Exception] | None) -> None:

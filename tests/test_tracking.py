@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rank_models import alone, tiny_config
 
-from crossguard.configs.errors import JobError, Preempted
+from crossguard.configs.errors import JobError, OutOfMemory, Preempted
 from crossguard.configs.schema import Config
 from crossguard.train import step_log, tracking
 from crossguard.train.loop import StepResult
@@ -43,7 +43,9 @@ def test_one_run_over_resumes(config: Config, tmp_path: Path) -> None:
 def test_other_ranks_and_none_track_nothing_but_keep_the_run(config: Config) -> None:
     assert isinstance(open_tracker(config, "kept", first=False), NullTracker)
     config.tracker.name = "none"
-    assert open_tracker(config, "kept", first=True).run_id == "kept"
+    untracked = open_tracker(config, "kept", first=True)
+    assert untracked.run_id == "kept"
+    untracked.alert("loss spike", "step 1")
 
 
 def test_a_broken_tracker_says_so_once_and_is_silent(
@@ -57,8 +59,20 @@ def test_a_broken_tracker_says_so_once_and_is_silent(
     monkeypatch.setattr(wandb, "init", fail)
     tracker = WandbTracker(config, "id")
     tracker.log({"train/loss": 0.5}, 1)
+    tracker.alert("loss spike", "step 1")
     tracker.close()
     assert tracker.run_id == "id"
+    assert capsys.readouterr().err.count("W&B failed (ConnectionError)") == 1
+
+
+def test_an_alert_that_fails_stops_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(**_: object) -> None:
+        raise ConnectionError("no network")
+
+    tracker = WandbTracker(config, None)
+    run, tracker._run = tracker._run, type("Run", (), {"alert": staticmethod(fail)})()
+    tracker.alert("loss spike", "step 1")
+    run.finish()
     assert capsys.readouterr().err.count("W&B failed (ConnectionError)") == 1
 
 
@@ -74,7 +88,9 @@ def test_a_tracker_that_never_ends_is_left_behind(config: Config, monkeypatch: p
     run.finish()
 
 
-@pytest.mark.parametrize(("error", "status"), [(None, 0), (JobError("failed"), 1), (Preempted("goes on"), 0)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, 0), (JobError("failed"), 1), (Preempted("goes on"), 0), (OutOfMemory("too"), 0)]
+)
 def test_a_failed_job_is_a_failed_run(
     config: Config, tmp_path: Path, error: Exception | None, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +99,7 @@ def test_a_failed_job_is_a_failed_run(
     finished: list[int] = []
     finish = tracker._run.finish
     monkeypatch.setattr(tracker._run, "finish", lambda exit_code: (finished.append(exit_code), finish(exit_code)))
-    with suppress(JobError, Preempted), StepLog(tmp_path, config.train, alone(), tracker):
+    with suppress(JobError, OutOfMemory, Preempted), StepLog(tmp_path, config.train, alone(), tracker):
         if error is not None:
             raise error
     assert finished == [status]

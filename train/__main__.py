@@ -56,6 +56,8 @@ def _outcome(argv: list[str]) -> int:
     except Exception as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else ""
         lost = isinstance(error, RuntimeError) and "/gloo/transport/" in what
+        if lost:  # What ended the other rank is the news: the launcher, knowing it, ends this process before its turn.
+            time.sleep(SECONDS_FOR_RANK_0)
         _say("lost contact with another rank (see logs/)" if lost else f"{type(error).__name__}: {what} (see logs/)")
         return EXIT_FAILED
     return 0

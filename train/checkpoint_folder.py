@@ -177,7 +177,7 @@ def move_aside(run_dir: Path) -> None:
             (run_dir / name).rename(run_dir / f"{name}.moved-{number}")
 
 
-_MOVED = ("checkpoints", "metrics.jsonl", "samples", "wandb")
+_MOVED = ("checkpoints", "metrics.jsonl", "micro_batch.json", "samples", "wandb")
 
 
 def _pointer(run_dir: Path, name: str) -> str | None:

@@ -61,20 +61,32 @@ class Engine:
         """Add the gradients of this rank's `loss` (a scalar) to those since the last step."""
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float, scale: float = 1.0) -> float:
+    def step(self, lr: float, *, scale: float = 1.0, skip: bool = False) -> float:
         """Multiply the gradients by `scale`, clip, update the weights at learning rate `lr`, forget the gradients.
 
+        With `skip`, and where the norm is not finite, gradients are forgotten alike and ranks talk as ever, but
+        weights, moments and AdamW's count of updates stay what they are, bit for bit.
+
+        Args:
+            lr: learning rate of the groups whose `lr_scale` is 1.
+            scale: what the loss of `backward` was divided by for the time being.
+            skip: the same on every rank.
+
         Returns:
-            The norm of the gradient of all ranks before clipping. When it is not finite, stages 1-3 skip the update.
+            The norm of the gradient of all ranks before clipping, the same on every rank; not finite where a gradient
+            is not.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        if skip:
+            self._hold_update()
         self._scale = scale
         if self.stage > 0:  # To DeepSpeed, gradients that have to be multiplied are those of a loss that was divided.
             self.deepspeed.optimizer.loss_scale = 1 / scale
         self.deepspeed.step()
         if self.stage > 0:
             self.deepspeed.optimizer.loss_scale = 1.0
+        self.optimizer.found_inf = None  # type: ignore[attr-defined]
         return float(self._norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
 
     def train(self, mode: bool = True) -> None:
@@ -90,6 +102,14 @@ class Engine:
         torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], self._scale)
         limit = self._grad_clip or float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not self._norm.isfinite():  # Stages 1-3 see to that themselves.
+            self._hold_update()
+
+    def _hold_update(self) -> None:
+        """Make the next step of the fused AdamW change nothing: it heeds the flag by which torch's GradScaler tells it
+        of an overflow."""
+        # Made on the CPU: the optimizer copies it to where weights and moments are, which may be the CPU (offload).
+        self.optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
 
 
 def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> dict[str, Any]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from crossguard.configs.errors import JobError, Preempted
+from crossguard.configs.errors import Preempted
 from crossguard.configs.progress import progress
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch
 from crossguard.train import phases, preemption, watchdog
 from crossguard.train.engine import Engine
+from crossguard.train.guards import Guards
+from crossguard.train.micro_batch import MicroBatch
 from crossguard.train.objectives import Objective, known_labels
 from crossguard.train.optimizer import learning_rate
 from crossguard.train.refusals import Refusals
@@ -38,6 +40,12 @@ class TrainState:
     evaluations_without_better: int = 0
     # The evaluation of this step has been left for the next start.
     evaluation_due: bool = False
+    # Steps that changed nothing, since their loss or gradient was not finite: all of them, and the last ones in a row.
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    # The last losses, and whether the very last one leapt out of those before it.
+    recent_losses: list[float] = field(default_factory=list)
+    in_spike: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class StepResult:
     grad_norm: float
     lr: float
     work: Work
+    # What was not finite, "loss" or "gradient", so that nothing was changed.
+    skipped: str = ""
+    # The loss leapt out of those before it.
+    spike: bool = False
 
 
 class TrainLoop:
@@ -61,7 +73,9 @@ class TrainLoop:
         state: where to start; moves on.
         last_step: the last step to do.
         log: tells metrics.jsonl, samples/ and the tracker.
-        refusals: takes the samples that are damaged, or whose loss is not finite.
+        refusals: counts the samples that are damaged.
+        guards: look at loss and gradient of each step.
+        micro_batch: takes note when a step does not fit into memory.
         validate: evaluates on the validation split: the metric that decides, or None where it is not defined.
         save: writes a checkpoint; True marks the best so far.
     """
@@ -77,11 +91,14 @@ class TrainLoop:
         last_step: int,
         log: StepLog,
         refusals: Refusals,
+        guards: Guards,
+        micro_batch: MicroBatch,
         validate: Callable[[int], float | None] | None,
         save: Callable[[bool], None],
     ):
         self.config, self.engine, self.objective, self.loader, self.state = config, engine, objective, loader, state
         self.last_step, self.log, self.refusals, self.validate, self.save = last_step, log, refusals, validate, save
+        self.guards, self.micro_batch = guards, micro_batch
         # A rank was asked to stop: the same on all of them.
         self._stop = False
 
@@ -89,7 +106,9 @@ class TrainLoop:
         """Train.
 
         Raises:
-            JobError: a loss or gradient is not finite, or a checkpoint cannot be written.
+            JobError: too many losses or gradients in a row are not finite, a checkpoint cannot be written, or not even
+                a single post fits into memory.
+            OutOfMemory: a step does not fit into memory; the next start takes fewer posts at once.
             Preempted: a rank was asked to stop; on all ranks after the same step, which is saved.
         """
         state, speak = self.state, self.engine.ranks.is_first
@@ -101,11 +120,13 @@ class TrainLoop:
             while state.step < self.last_step and not out_of_patience(state, self.config):
                 phases.enter(phases.DATA)
                 batches = next(batches_of_steps)
-                result = self.train_step(state.step + 1, batches)
+                with self.micro_batch.fitting():
+                    result = self.train_step(state.step + 1, batches)
                 watchdog.arm()
                 phases.enter(phases.LOG)
                 state.step += 1
                 self.log.step(state.step, result, batches)
+                self.guards.check(state.step)
                 self._evaluate_and_save()
                 shown.advance(note=f"loss {result.loss:.4f}")
 
@@ -114,7 +135,8 @@ class TrainLoop:
 
         So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. The ranks tell
         each other once how many labels they know, and all else, when the last forward pass is done. So gradients are
-        those of a loss that is divided by the number of all labels, until the update knows how many are known.
+        those of a loss that is divided by the number of all labels, until the update knows how many are known. Where
+        loss or gradient is not finite, all ranks leave weights and moments as they are.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
@@ -124,10 +146,13 @@ class TrainLoop:
         most = self.config.train.batch_size * batches[0].labels.shape[1]
         batches = [batch.to(ranks.device) for batch in batches]
 
+        losses: list[torch.Tensor] = []
         total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         for number, batch in enumerate(batches, 1):
             phases.enter(phases.FORWARD)
-            loss = self.objective(engine(batch), batch.labels).sum()
+            elements = self.objective(engine(batch), batch.labels)
+            loss = elements.sum()
+            losses.append(elements.detach())
             total += loss.detach()
             if number == len(batches):
                 phases.enter(phases.WAITING)
@@ -140,15 +165,14 @@ class TrainLoop:
         known, damaged, asked, *work_of_all = map(int, counts)
         known = max(known, 1)
         global_loss = loss_sum / known
-        # Before the update, so that the weights stay as they were.
-        self._check_finite("loss", global_loss, step, batches)
         self.refusals.check(damaged)
         self._stop = bool(asked)
 
         phases.enter(phases.STEP)
-        grad_norm = engine.step(lr, scale=most / known)
-        self._check_finite("gradient", grad_norm, step, batches)
-        return StepResult(global_loss, grad_norm, lr, Work(*work_of_all))
+        grad_norm = engine.step(lr, scale=most / known, skip=not math.isfinite(global_loss))
+        skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
+        spike = self.guards.spikes(step, global_loss)
+        return StepResult(global_loss, grad_norm, lr, Work(*work_of_all), skipped, spike)
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.
@@ -192,21 +216,6 @@ class TrainLoop:
         state.best = value if better else state.best
         state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
         return better
-
-    def _check_finite(self, what: str, value: float, step: int, batches: list[Batch]) -> None:
-        """All ranks see the same value, so all of them stop."""
-        if math.isfinite(value):
-            return
-        for batch in batches:
-            for post, position in zip(batch.ids, batch.positions.tolist(), strict=True):
-                self.refusals.write(
-                    {"id": post, "split": "train", "step": step, "position": position, "stage": "train"}
-                    | {"reason": f"in a batch whose {what} is not finite"}
-                )
-        raise JobError(
-            f"train: the {what} of step {step} is {value}; its samples are listed in quarantine.jsonl; lower train.lr, "
-            "set train.grad_clip or train.precision=fp32, or look at these samples; the last checkpoint is good"
-        )
 
 
 def out_of_patience(state: TrainState, config: Config) -> bool:

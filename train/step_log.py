@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from crossguard.configs.errors import Preempted
+from crossguard.configs.errors import OutOfMemory, Preempted
 from crossguard.configs.schema import TrainConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train import phases
@@ -61,10 +62,12 @@ class StepLog:
         """A step is done."""
         if self._samples is not None:
             self._samples.write({"step": step, "ids": [post for batch in batches for post in batch.ids]})
+        events: dict[str, Any] = {"skipped": result.skipped} if result.skipped else {}
+        events |= {"spike": True} if result.spike else {}
         if self._metrics is None:
             return
         self._throughput.add(result.work)
-        if step % self._train.log_every:
+        if step % self._train.log_every and not events:
             return
         self._write(
             {
@@ -76,6 +79,7 @@ class StepLog:
                 **self._throughput.take(),
                 "memory_mb": self._memory_mb(),
             }
+            | events
         )
 
     def evaluation(self, split: str, step: int, metrics: dict[str, Any]) -> None:
@@ -92,26 +96,30 @@ class StepLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close files and tracker. A job that was preempted has not failed: it goes on."""
+        """Close files and tracker. A job that was preempted has not failed: it goes on, as it does without memory."""
         self._open.close()
         self._tell_untold()
         for log in (self._metrics, self._samples):
             if log is not None:
                 log.close()
-        self._tracker.close(failed=error is not None and not isinstance(error, Preempted))
+        self._tracker.close(failed=error is not None and not isinstance(error, Preempted | OutOfMemory))
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._metrics is not None
+        # JSON has no number that is not finite.
+        odd = {name: None for name, value in line.items() if isinstance(value, float) and not isfinite(value)}
+        line = line | odd
         self._metrics.write(line)
         self._untold = line
-        if line["split"] != TRAIN or time.monotonic() - self._told_at >= 1 / MOST_TOLD:
+        ordinary = line["split"] == TRAIN and not {"skipped", "spike"} & line.keys()
+        if not ordinary or time.monotonic() - self._told_at >= 1 / MOST_TOLD:
             self._tell_untold()
 
     def _tell_untold(self) -> None:
         if self._untold is None:
             return
         line, self._untold, self._told_at = self._untold, None, time.monotonic()
-        numbers = {name: value for name, value in line.items() if name not in ("split", "step")}
+        numbers = {name: value for name, value in flat(line).items() if name != "step"}
         self._tracker.log({f"{line['split']}/{name}": value for name, value in numbers.items()}, line["step"])
 
     def _memory_mb(self) -> float:

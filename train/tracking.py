@@ -32,6 +32,10 @@ class Tracker(Protocol):
         """Numbers of a step."""
         ...
 
+    def alert(self, title: str, text: str) -> None:
+        """Something that somebody should look at."""
+        ...
+
     def close(self, *, failed: bool = False) -> None:
         """The job ends, well or not."""
         ...
@@ -44,6 +48,9 @@ class NullTracker:
         self.run_id = run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def alert(self, title: str, text: str) -> None:
         """Nothing."""
 
     def close(self, *, failed: bool = False) -> None:
@@ -81,6 +88,11 @@ class WandbTracker:
         """Numbers of a step; W&B drops a step that it has already, so that a resume shows none twice."""
         if self._run is not None:
             self._try(lambda: self._run.log(dict(metrics), step=step))
+
+    def alert(self, title: str, text: str) -> None:
+        """W&B sends it by mail or to Slack, as its user has chosen; offline, once the run is synchronised."""
+        if self._run is not None:
+            self._try(lambda: self._run.alert(title=title, text=text, level="WARN"))
 
     def close(self, *, failed: bool = False) -> None:
         """Hand over what is left, for a while: an unreachable server must not keep a finished job alive."""

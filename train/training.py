@@ -12,16 +12,19 @@ from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain, save_config
 from crossguard.configs.schema import Config
 from crossguard.data.loading.loader import TrainLoader
-from crossguard.data.loading.order import SampleOrder, micro_batches
+from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.refused import FILE_NAME, Refused
 from crossguard.train import checkpoint_folder, phases, preemption
 from crossguard.train.checkpoint import load_checkpoint, newest_valid
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.compute import find_compute
+from crossguard.train.determinism import deterministic
 from crossguard.train.engine import Engine
+from crossguard.train.guards import Guards
 from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
 from crossguard.train.metrics_log import cut_after
+from crossguard.train.micro_batch import MicroBatch
 from crossguard.train.models import build_model
 from crossguard.train.objectives import build_objective
 from crossguard.train.profiling import profiling
@@ -39,11 +42,12 @@ def run_training(config: Config, ranks: Ranks) -> None:
 
     Raises:
         UserError: the configuration, the shards or a checkpoint do not fit together.
-        JobError: the run directory is in use, a loss is not finite, or the disk refuses a checkpoint.
+        JobError: the run directory is in use, losses are not finite, or the disk refuses a checkpoint.
+        OutOfMemory: a step does not fit into memory; the next start takes fewer posts at once.
         Preempted: a rank was asked to stop; all ranks have stopped after the same step, which is saved.
     """
     run_dir = Path(config.run_dir)
-    with run_lock(run_dir, ranks):
+    with deterministic(config.train.deterministic), run_lock(run_dir, ranks):
         with preemption.holding():  # Files are moved aside one after the other.
             ranks.on_first(lambda: _clean(run_dir, config))
         checkpoint = newest_valid(run_dir, ranks)
@@ -64,16 +68,26 @@ def run_training(config: Config, ranks: Ranks) -> None:
                 f"train: the learning rate stays at its end after step {state.schedule_steps} (train.schedule_steps of"
                 " the first start does not move on resume); to extend a schedule, set it before the first start"
             )
-        engine = _open_engine(config, ranks, inputs, checkpoint)
+        micro_batch = MicroBatch(config, ranks)
+        engine = _open_engine(config, ranks, inputs, checkpoint, micro_batch)
         ranks.on_first(lambda: _open_run_dir(run_dir, config, state))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
-        _train(config, engine, inputs, state, last_step, tracker)
+        _train(config, engine, inputs, state, last_step, tracker, micro_batch)
 
 
-def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, last_step: int, tracker: Tracker) -> None:
+def _train(
+    config: Config,
+    engine: Engine,
+    inputs: Inputs,
+    state: TrainState,
+    last_step: int,
+    tracker: Tracker,
+    micro_batch: MicroBatch,
+) -> None:
     """The steps that are left."""
     run_dir, ranks = Path(config.run_dir), engine.ranks
     refusals = Refusals(run_dir, inputs, config.train.max_refused, ranks)
+    guards = Guards(config.train, state, ranks, refusals, tracker)
 
     def save(best: bool) -> None:
         refusals.agree()
@@ -88,6 +102,7 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
         profiling(run_dir, ranks) if config.train.profile else contextlib.nullcontext(),
         StepLog(run_dir, config.train, ranks, tracker, compute) as log,
         contextlib.closing(refusals),
+        contextlib.closing(guards),
         phases.resting_after(),
         saver,
     ):
@@ -98,7 +113,7 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
             inputs.encode,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=micro_batch.size,
             num_workers=config.train.num_workers,
             start_step=state.step + 1,
             end_step=last_step,
@@ -113,6 +128,8 @@ def _train(config: Config, engine: Engine, inputs: Inputs, state: TrainState, la
             last_step=last_step,
             log=log,
             refusals=refusals,
+            guards=guards,
+            micro_batch=micro_batch,
             validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
             save=save,
         ).run()
@@ -130,13 +147,14 @@ def _about(config: Config, inputs: Inputs, state: TrainState, tracker: Tracker) 
     }
 
 
-def _open_engine(config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None) -> Engine:
+def _open_engine(
+    config: Config, ranks: Ranks, inputs: Inputs, checkpoint: Path | None, micro_batch: MicroBatch
+) -> Engine:
     """The model under DeepSpeed, restored where there is a checkpoint."""
     encode = inputs.encode
-    micro_batch_size, _ = micro_batches(config.train.batch_size, ranks.world_size, config.train.micro_batch_size)
     model = build_model(config.model, encode.taxonomy, encode.tokenizer, config.seed)
     seed_rank(config.seed, ranks.rank)
-    engine = Engine(model, config, ranks, micro_batch_size)
+    engine = Engine(model, config, ranks, micro_batch.size)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, engine, config.seed)
         ranks.say(f"train: going on after step {state['step']}")

@@ -83,6 +83,15 @@ class TrainConfig:
     patience: int | None = None
     # Share of the samples read that may turn out to be damaged or missing before training stops.
     max_refused: float = 0.01
+    # Steps in a row whose loss or gradient is not finite: each is skipped and its samples are named in
+    # quarantine.jsonl; so many stop training.
+    max_skipped_steps: int = 5
+    # Warn when a loss lies so many deviations above the median of the last 100 (a deviation is 1.48 times the median
+    # absolute deviation, and at least a tenth of the median and .01); 0 never does.
+    spike_threshold: float = 10.0
+    # Use only operations that give the same bits each time: two runs on the same number of ranks have equal weights.
+    # Slower on GPUs.
+    deterministic: bool = False
     # Seconds after which a step, a save or a pass of an evaluation counts as hanging and ends the job; 0 never does.
     # The start and its first step, which may compile, take as long as they need.
     step_timeout: float = 1800.0
@@ -93,10 +102,11 @@ class TrainConfig:
     new_order: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "num_workers", "grad_clip", "weight_decay", "step_timeout"):
+        for name in ("warmup_steps", "num_workers", "grad_clip", "weight_decay", "step_timeout", "spike_threshold"):
             at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "schedule_steps", "patience"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        at_least("train.max_skipped_steps", self.max_skipped_steps, 1)
         within("train.max_refused", self.max_refused, 0, 1)
         within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         within("train.layer_decay", self.layer_decay, 0, 1)

@@ -163,7 +163,8 @@ def _history(run_dir: Path, evaluated_step: int) -> list[str]:
     measured = [line for line in lines if line["split"] == "validation" and "macro.auroc" in line]
     panels = []
     for key, title in HISTORY.items():
-        line: Line = ([one["step"] for one in train if key in one], [one[key] for one in train if key in one])
+        shown = [one for one in train if one.get(key) is not None]  # A step that was skipped has no loss.
+        line: Line = ([one["step"] for one in shown], [one[key] for one in shown])
         if len(line[0]) > 1:
             panels.append(history_panel(title, {key: line}, smooth=key != "lr", mark=evaluated_step))
     if measured:
