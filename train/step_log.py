@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from crossguard.train.loop import StepResult
 
 
-# Training lines that the tracker is told in a second: to W&B one takes as long as a small step does.
-MOST_TOLD = 10
+# Seconds between two training lines that the tracker is told: to W&B one takes as long as a small step does.
+BETWEEN_TOLD = 1.0
 
 
 class StepLog:
@@ -112,7 +112,7 @@ class StepLog:
         self._metrics.write(line)
         self._untold = line
         ordinary = line["split"] == TRAIN and not {"skipped", "spike"} & line.keys()
-        if not ordinary or time.monotonic() - self._told_at >= 1 / MOST_TOLD:
+        if not ordinary or time.monotonic() - self._told_at >= BETWEEN_TOLD:
             self._tell_untold()
 
     def _tell_untold(self) -> None:
