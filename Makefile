@@ -40,7 +40,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p crossguard.configs -p crossguard.data -p crossguard.train -p crossguard.launchers -p crossguard.recipes
 
-# Ratios to other loaders; their packages go into a folder of their own, where nothing else sees them.
+# Ratios to other loaders and loops; their packages go into a folder of their own, where nothing else sees them.
 bench: $(VENV)/bench/.ready
 	PYTHONPATH=$(VENV)/bench OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks
 

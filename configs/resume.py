@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "train.new_order",
     "train.num_workers",
     "train.patience",
+    "train.profile",
     "train.restart",
     "train.spike_threshold",
     "train.step_timeout",

@@ -26,7 +26,7 @@ from crossguard.configs.compose import compose
 from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import Config
-from crossguard.train import preemption, watchdog
+from crossguard.train import phases, preemption
 from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 from crossguard.train.evaluation.stage import run_evaluation
@@ -41,14 +41,15 @@ SETTINGS = [
     *("checkpoint.every_steps=3", "train.num_workers=0"),
 ]
 # Phase -> how often a run of one rank enters it.
-PHASES = {"data": 8, "forward": 16, "backward": 16, "step": 8, "evaluation": 8, "save": 4}
-# The step that a phase belongs to when it is entered for the n-th time: two passes a step, four batches an evaluation.
+PHASES = {"data": 8, "forward": 16, "backward": 16, "step": 8, "evaluation": 10, "save": 4}
+# The step that a phase belongs to when it is entered for the n-th time: two passes a step; an evaluation begins, and has
+# four batches.
 STEP_OF = {
     "data": lambda n: n,
     "forward": lambda n: (n + 1) // 2,
     "backward": lambda n: (n + 1) // 2,
     "step": lambda n: n,
-    "evaluation": lambda n: 4 if n <= 4 else 8,
+    "evaluation": lambda n: 4 if n <= 5 else 8,
     "save": lambda n: (3, 4, 6, 8)[n - 1],
 }
 
@@ -56,21 +57,17 @@ STEP_OF = {
 @contextmanager
 def struck(phase: str, number: int, delay: float) -> Iterator[None]:
     """This process gets both signals when it enters a phase for the `number`-th time, or `delay` seconds later."""
-    entered, left = watchdog.phase, number
+    left = number
 
-    def enter(name: str) -> None:
+    def strike(name: str) -> None:
         nonlocal left
-        entered(name)
         left -= name == phase
         if name == phase and left == 0:
             for sent in (signal.SIGTERM, signal.SIGUSR1):
                 threading.Timer(delay, os.kill, (os.getpid(), sent)).start() if delay else os.kill(os.getpid(), sent)
 
-    watchdog.phase = enter
-    try:
+    with phases.listening(strike):
         yield
-    finally:
-        watchdog.phase = entered
 
 
 @cache
@@ -113,9 +110,9 @@ def evaluation_cases(folder: Path, ranks: Ranks, times: int) -> None:
 
 def results(run_dir: Path, num_ranks: int, last: int) -> tuple[Any, ...]:
     """What must not depend on whether a run was stopped: the metrics of every step and evaluation, samples, weights."""
-    timed = {"samples_per_second", "data_wait", "memory_mb"}
+    timed = {"samples_per_second", "tokens_per_second", "data_wait", "memory_mb"}
     lines = [json.loads(line) for line in metrics_file(run_dir).read_text().splitlines()]
-    metrics = [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    metrics = [{name: line[name] for name in line.keys() - timed if not name.startswith("time.")} for line in lines]
     samples = [samples_file(run_dir, rank).read_text() for rank in range(num_ranks)]
     return metrics, samples, load_weights(run_dir / "checkpoints" / f"step-{last:08d}")
 

@@ -11,6 +11,7 @@ from crossguard.configs.compose import compose
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.data.shards.build import build_shards
 from crossguard.train.ranks import end_process, init_ranks
+from crossguard.train.tokenizers import load_tokenizer
 from crossguard.train.training import run_training
 
 RECIPE = """
@@ -59,6 +60,13 @@ def arguments(folder: Path, run_dir: str, *overrides: str) -> list[str]:
         f"data.shards={folder / 'shards'}",
     ]
     return [*places, f"run_dir={folder / run_dir}", *overrides]
+
+
+def token_lengths(folder: Path) -> dict[str, int]:
+    """Tokens of each post, by id."""
+    text = compose(arguments(folder, "")).model.text
+    posts = [json.loads(line) for line in (folder / "posts.jsonl").read_text().splitlines()]
+    return {post["id"]: len(load_tokenizer(text).encode(post["text"], text.max_length)) for post in posts}
 
 
 def main(jobs: list[list[str]]) -> None:

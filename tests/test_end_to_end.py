@@ -53,7 +53,9 @@ def test_each_step_stands_once_and_the_samples_are_those_of_the_preview(workspac
     train = [line for line in _lines(run_dir / "metrics.jsonl") if line["split"] == "train"]
     assert [line["step"] for line in train] == [1, 2, 3, 4]
     assert all(
-        {"loss", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_mb"} <= line.keys() for line in train
+        {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "padding", "memory_mb"} <= line.keys()
+        and {"data_wait", "time.data", "time.forward", "time.backward", "time.waiting", "time.step"} <= line.keys()
+        for line in train
     )
     ranks = [_lines(file) for file in sorted((run_dir / "samples").iterdir())]
     for step, of_ranks in enumerate(zip(*ranks, strict=True), 1):

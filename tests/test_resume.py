@@ -16,7 +16,7 @@ import pytest
 import torch
 from rank_jobs import RankJob, alive, wait_until
 from rank_models import alone, run_ranks, torchrun
-from rank_training import arguments, write_shards
+from rank_training import arguments, token_lengths, write_shards
 
 from crossguard.configs.compose import compose
 from crossguard.configs.errors import JobError, UserError
@@ -102,6 +102,14 @@ def steps_in(run_dir: Path) -> list[int]:
 
 def results(run_dir: Path) -> list[tuple[int, float, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines_of(run_dir / "metrics.jsonl")]
+
+
+def test_tokens_are_counted_over_all_ranks(finished: Path) -> None:
+    tokens, run_dir = token_lengths(finished), finished / "whole-0"
+    of_ranks = [lines_of(run_dir / f"samples/rank-{rank:05d}.jsonl") for rank in range(2)]
+    for line, *samples in zip(lines_of(run_dir / "metrics.jsonl"), *of_ranks, strict=True):
+        expected = sum(tokens[post] for sample in samples for post in sample["ids"]) / 8
+        assert line["tokens_per_second"] / line["samples_per_second"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)

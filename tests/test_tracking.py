@@ -10,9 +10,11 @@ from rank_models import alone, tiny_config
 
 from crossguard.configs.errors import JobError, OutOfMemory, Preempted
 from crossguard.configs.schema import Config
-from crossguard.train import tracking
+from crossguard.train import step_log, tracking
+from crossguard.train.loop import StepResult
 from crossguard.train.metrics_log import LineLog, cut_after, metrics_file, samples_file
 from crossguard.train.step_log import StepLog
+from crossguard.train.throughput import Work
 from crossguard.train.tracking import NullTracker, WandbTracker, mode_of, open_tracker
 
 
@@ -101,6 +103,26 @@ def test_a_failed_job_is_a_failed_run(
         if error is not None:
             raise error
     assert finished == [status]
+
+
+def test_the_tracker_hears_of_fast_steps_now_and_then_and_of_every_evaluation(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(step_log.time, "monotonic", lambda: now)
+    heard: list[tuple[int, str]] = []
+    tracker = NullTracker()
+    monkeypatch.setattr(tracker, "log", lambda metrics, step: heard.append((step, next(iter(metrics)))))
+    with StepLog(tmp_path, config.train, alone(), tracker) as log:
+        for step in range(1, 51):
+            log.step(step, StepResult(0.5, 1.0, 0.1, Work(8, 8, 8, 0)), [])
+            now += 1 / 64
+            if step == 25:
+                log.evaluation("validation", step, {"loss": 1})
+    train = [step for step, name in heard if name == "train/loss"]
+    assert train == [1, 8, 15, 22, 25, 33, 40, 47, 50]
+    assert [step for step, name in heard if name == "validation/loss"] == [25]
+    assert len(metrics_file(tmp_path).read_text().splitlines()) == 51
 
 
 def test_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from crossguard.configs.errors import Preempted
 from crossguard.configs.progress import progress
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch
-from crossguard.train import preemption, watchdog
+from crossguard.train import phases, preemption, watchdog
 from crossguard.train.engine import Engine
 from crossguard.train.guards import Guards
 from crossguard.train.micro_batch import MicroBatch
@@ -23,6 +22,7 @@ from crossguard.train.objectives import Objective, known_labels
 from crossguard.train.optimizer import learning_rate
 from crossguard.train.refusals import Refusals
 from crossguard.train.step_log import StepLog
+from crossguard.train.throughput import Work
 
 
 @dataclass
@@ -55,6 +55,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    work: Work
     # What was not finite, "loss" or "gradient", so that nothing was changed.
     skipped: str = ""
     # The loss leapt out of those before it.
@@ -117,15 +118,14 @@ class TrainLoop:
                 self._evaluate_and_save(saved=True)
             batches_of_steps = iter(self.loader)
             while state.step < self.last_step and not out_of_patience(state, self.config):
-                watchdog.phase("data")
-                asked = time.perf_counter()
+                phases.enter(phases.DATA)
                 batches = next(batches_of_steps)
-                fetched = time.perf_counter()
                 with self.micro_batch.fitting():
                     result = self.train_step(state.step + 1, batches)
                 watchdog.arm()
+                phases.enter(phases.LOG)
                 state.step += 1
-                self.log.step(state.step, result, batches, waited=fetched - asked)
+                self.log.step(state.step, result, batches)
                 self.guards.check(state.step)
                 self._evaluate_and_save()
                 shown.advance(note=f"loss {result.loss:.4f}")
@@ -133,40 +133,46 @@ class TrainLoop:
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
 
-        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. Where loss or
-        gradient is not finite, all ranks leave weights and moments as they are.
+        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. The ranks tell
+        each other once how many labels they know, and all else, when the last forward pass is done. So gradients are
+        those of a loss that is divided by the number of all labels, until the update knows how many are known. Where
+        loss or gradient is not finite, all ranks leave weights and moments as they are.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
+        # Counted while they are on the host.
+        work = self.log.work(batches)
+        known = sum(int(known_labels(batch.labels)) for batch in batches)
+        most = self.config.train.batch_size * batches[0].labels.shape[1]
         batches = [batch.to(ranks.device) for batch in batches]
 
-        watchdog.phase("waiting for the other ranks")
-        known = torch.stack([known_labels(batch.labels) for batch in batches]).sum()
-        mine = torch.full_like(known, self.refusals.take()), torch.full_like(known, preemption.asked())
-        known, damaged, asked = ranks.sum(torch.stack([known, *mine]))
-        known = known.clamp(min=1)
-
         losses: list[torch.Tensor] = []
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for batch in batches:
-            watchdog.phase("forward")
-            logits = engine(batch)
-            elements = self.objective(logits, batch.labels)
-            loss = elements.sum() / known
-            watchdog.phase("backward")
-            engine.backward(loss)
-            total += loss.detach()
+        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+        for number, batch in enumerate(batches, 1):
+            phases.enter(phases.FORWARD)
+            elements = self.objective(engine(batch), batch.labels)
+            loss = elements.sum()
             losses.append(elements.detach())
+            total += loss.detach()
+            if number == len(batches):
+                phases.enter(phases.WAITING)
+                mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
+                told = ranks.sum(torch.cat([total, total.new_tensor(mine)]))
+            phases.enter(phases.BACKWARD)
+            engine.backward(loss / most)
 
-        watchdog.phase("waiting for the other ranks")
-        global_loss = float(ranks.sum(total))
-        self.refusals.check(int(damaged))
+        loss_sum, *counts = told.tolist()
+        known, damaged, asked, *work_of_all = map(int, counts)
+        known = max(known, 1)
+        global_loss = loss_sum / known
+        self.refusals.check(damaged)
         self._stop = bool(asked)
 
-        watchdog.phase("step")
-        grad_norm = engine.step(lr, skip=not math.isfinite(global_loss))
+        phases.enter(phases.STEP)
+        grad_norm = engine.step(lr, scale=most / known, skip=not math.isfinite(global_loss))
         skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
-        return StepResult(global_loss, grad_norm, lr, skipped, self.guards.spikes(step, global_loss))
+        spike = self.guards.spikes(step, global_loss)
+        return StepResult(global_loss, grad_norm, lr, Work(*work_of_all), skipped, spike)
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.
@@ -181,7 +187,7 @@ class TrainLoop:
         every = self.config.checkpoint.every_steps
         save = self._stop or best or last or (every and step % every == 0) or out_of_patience(state, self.config)
         if save and not (saved and state.evaluation_due):
-            watchdog.phase("save")
+            phases.enter(phases.CHECKPOINT)
             self.save(best)
             self._stop = self._stop or self.engine.ranks.any(preemption.asked())
         if self._stop:
@@ -191,6 +197,7 @@ class TrainLoop:
         """Whether this evaluation is the best so far; it stays due when a rank is asked to stop before its end."""
         if self.validate is None or self._stop:
             return False
+        phases.enter(phases.EVALUATION)
         best = False
         with suppress(Preempted):
             best = self._is_best(self.validate(step))

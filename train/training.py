@@ -16,10 +16,11 @@ from crossguard.configs.schema import Config
 from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.refused import FILE_NAME, Refused
-from crossguard.train import checkpoint_folder, preemption, watchdog
+from crossguard.train import checkpoint_folder, phases, preemption
 from crossguard.train.checkpoint import load_checkpoint, newest_valid
 from crossguard.train.checkpoint_copies import CheckpointCopies
 from crossguard.train.checkpoint_saving import CheckpointSaver
+from crossguard.train.compute import find_compute
 from crossguard.train.determinism import deterministic
 from crossguard.train.engine import Engine
 from crossguard.train.guards import Guards
@@ -29,6 +30,7 @@ from crossguard.train.metrics_log import cut_after
 from crossguard.train.micro_batch import MicroBatch
 from crossguard.train.models import build_model
 from crossguard.train.objectives import build_objective
+from crossguard.train.profiling import profiling
 from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
 from crossguard.train.refusals import Refusals
@@ -94,6 +96,7 @@ def _train(
         refusals.agree()
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
+    compute = find_compute(config, inputs.encode.num_policies, ranks)
     saver = CheckpointSaver(
         run_dir,
         engine,
@@ -103,10 +106,11 @@ def _train(
     )
     with (
         preemption.holding(),
-        StepLog(run_dir, config.train, ranks, tracker) as log,
+        profiling(run_dir, ranks) if config.train.profile else contextlib.nullcontext(),
+        StepLog(run_dir, config.train, ranks, tracker, compute) as log,
         contextlib.closing(refusals),
         contextlib.closing(guards),
-        watchdog.resting_after(),
+        phases.resting_after(),
         saver,
     ):
         refusals.open(state.step + 1)

@@ -16,35 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from crossguard.train import phases
+
 MOST_SECONDS_BETWEEN_LOOKS = 10.0
 # A rank that holds Python's lock is ended by the kernel so long after the others would have been.
 KERNEL_SECONDS = 15.0
 
 
 class _Now:
-    """What this process does: one attribute is set for each phase, which costs nothing that could be measured."""
+    """This process."""
 
-    phase: tuple[str, float] | None = None
     armed = False
-
-
-def phase(name: str) -> None:
-    """A phase begins, or goes on: the time starts anew."""
-    _Now.phase = (name, time.monotonic())
-
-
-def rest() -> None:
-    """What comes now may take as long as it likes."""
-    _Now.phase = None
-
-
-@contextmanager
-def resting_after() -> Iterator[None]:
-    """The last phase ends with the block, whatever happens in it."""
-    try:
-        yield
-    finally:
-        rest()
 
 
 def arm() -> None:
@@ -75,7 +57,7 @@ def watching(timeout: float, rank: int, terminal: TextIO, log: TextIO) -> Iterat
     finally:
         stopped.set()
         watcher.join()
-        rest()
+        phases.rest()
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.unregister(signal.SIGALRM)
 
@@ -83,7 +65,7 @@ def watching(timeout: float, rank: int, terminal: TextIO, log: TextIO) -> Iterat
 def _watch(timeout: float, rank: int, terminal: TextIO, stopped: threading.Event) -> None:
     between = min(timeout / 20, MOST_SECONDS_BETWEEN_LOOKS)
     while not stopped.wait(between):
-        now = _Now.phase if _Now.armed else None
+        now = phases.current() if _Now.armed else None
         # Should this thread not get to run any more, the kernel's timer ends the process.
         signal.setitimer(signal.ITIMER_REAL, timeout + KERNEL_SECONDS if now else 0)
         if now and time.monotonic() - now[1] > timeout:

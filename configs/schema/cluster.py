@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import above, at_least
@@ -13,7 +13,10 @@ CPU = "cpu"
 
 @dataclass
 class ClusterConfig:
-    """Read by `crossguard plan` alone; `cluster=NAME` chooses the kind of GPU, and `cluster.gpu=NAME` says the same."""
+    """What `crossguard plan` plans for; `cluster=NAME` chooses the kind of GPU, and `cluster.gpu=NAME` says the same.
+
+    Training looks at all files for the peaks of the GPU that it runs on.
+    """
 
     # The kind of GPU: the name of a file in configs/cluster/, of the package or of the working directory.
     gpu: str = CPU
@@ -35,6 +38,8 @@ class ClusterConfig:
     intra_node_gb_per_s: float = 0.0
     # A GPU's share of what its machine sends to others, in 1e9 bytes a second and one direction.
     inter_node_gb_per_s: float = 0.0
+    # What torch.cuda.get_device_name() says of those with these peaks: training logs `mfu` on them.
+    device_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         at_least("cluster.nodes", self.nodes, 1)

@@ -107,6 +107,8 @@ class TrainConfig:
     log_every: int = 1
     # Write the ids of every step to samples/.
     log_samples: bool = False
+    # Trace a few steps of every rank to profile/, which slows them down.
+    profile: bool = False
     # Stop after this many evaluations without a better `checkpoint.metric`; by default never.
     patience: int | None = None
     # Share of the samples read that may turn out to be damaged or missing before training stops.

@@ -6,13 +6,18 @@ import os
 import sys
 
 import checkpoint
+import lengths
 import loading
 import memory
 import order
 import plan
 import resume
+import step
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    reached = [benchmark.main() for benchmark in (memory, order, resume, loading, checkpoint, plan)]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    everything = (memory, order, resume, loading, checkpoint, plan, step, lengths)
+    reached = [benchmark.main() for benchmark in everything]
     sys.exit(not all(reached))

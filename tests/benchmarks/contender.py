@@ -27,8 +27,8 @@ PREPARED = 8
 class Process:
     """A contender, started and driven from another process."""
 
-    def __init__(self, folder: Path, name: str):
-        command = [sys.executable, __file__, str(folder), name]
+    def __init__(self, folder: Path, name: str, script: str = __file__):
+        command = [sys.executable, script, str(folder), name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def round(self) -> dict[str, float]:

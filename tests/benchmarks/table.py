@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Line:
-    """A measure of ours beside a peer's, and the ratio that must be reached; None asks for nothing."""
+    """A measure of ours beside a peer's, and the ratio, or difference, that must be reached; None asks for nothing."""
 
     measure: str
     ours: float
@@ -17,11 +17,13 @@ class Line:
     unit: str = ""
     # Whether larger is better.
     more: bool = False
+    # Whether the target is that of what ours takes more than the peer.
+    difference: bool = False
 
     @property
     def ratio(self) -> float:
-        """Ours to the peer's."""
-        return self.ours / self.peer
+        """Ours to the peer's, or what it takes more."""
+        return self.ours - self.peer if self.difference else self.ours / self.peer
 
     @property
     def reached(self) -> bool:
@@ -40,6 +42,8 @@ def show(title: str, lines: list[Line]) -> bool:
         if line.target is not None:
             target = f"{'≥' if line.more else '≤'} {line.target:.2f}"
             verdict = "reached" if line.reached else "MISSED"
-        print(f"{line.measure:<58}{ours:>10}{peer:>10}{line.ratio:>8.2f}{target:>9}  {verdict}")
+        print(
+            f"{line.measure:<58}{ours:>10}{peer:>10}{line.ratio:>{'+8.2f' if line.difference else '8.2f'}}{target:>9}  {verdict}"
+        )
     sys.stdout.flush()
     return all(line.reached for line in lines)

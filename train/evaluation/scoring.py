@@ -21,7 +21,7 @@ from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.loader import EvalLoader
 from crossguard.data.loading.reader import ShardReader
-from crossguard.train import preemption, watchdog
+from crossguard.train import phases, preemption
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.ranks import Ranks
@@ -60,14 +60,14 @@ def score_split(
     loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
     with (
         preemption.holding(),
-        watchdog.resting_after(),
+        phases.resting_after(),
         closing(iter(loader)) as batches,
         progress(title, len(rows), "posts", speak=bool(title) and ranks.is_first) as shown,
     ):
         model.eval()
         parts: list[Predictions] = []
         for count in _posts_of_passes(dealt, batch_size):
-            watchdog.phase("evaluation")
+            phases.enter(phases.EVALUATION)
             parts += _score_next(model, encode, batches, ranks)
             shown.advance(count)
             _check_not_preempted(ranks.any(preemption.asked()))

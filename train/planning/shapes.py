@@ -50,23 +50,31 @@ class Shapes:
             raise UserError(f"model: cannot be run on shapes alone, so not be planned ({reason})") from error
         freeze(self.model, config.train.freeze)
 
-    def trace(self, posts: int) -> Trace:
-        """A forward and backward pass over the largest batch of `posts`."""
-        with self._open():
-            batch = batch_of_shapes(self.config, self.num_policies, posts)
+    def trace(self, posts: int, *, length: int | None = None, images: int | None = None) -> Trace:
+        """A forward and backward pass over a batch of `posts`, each with so many tokens and images: by default the
+        most that there may be."""
+        with self._open(images):
+            batch = batch_of_shapes(self.config, self.num_policies, posts, length=length, images=images)
             return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16")
 
     @contextmanager
-    def _open(self) -> Iterator[None]:
+    def _open(self, images: int | None = None) -> Iterator[None]:
         """Inside, tensors on "cpu" have a shape and a type, and no memory."""
-        with self._mode, _Answers(self.config.model.image.max_images), _FusedAttention(self.config.cluster.is_gpu):
+        with (
+            self._mode,
+            _Answers(images or self.config.model.image.max_images),
+            _FusedAttention(self.config.cluster.is_gpu),
+        ):
             yield
 
 
-def batch_of_shapes(config: Config, num_policies: int, size: int) -> Batch:
-    """The largest batch of `size` posts: every text and every number of images at its maximum."""
-    length = config.model.text.max_length if "text" in config.model.modalities else 1
-    images = size * config.model.image.max_images if "image" in config.model.modalities else 1
+def batch_of_shapes(
+    config: Config, num_policies: int, size: int, *, length: int | None = None, images: int | None = None
+) -> Batch:
+    """A batch of `size` posts: every text of `length` tokens and every post with so many `images`, by default the most
+    that there may be."""
+    length = (length or config.model.text.max_length) if "text" in config.model.modalities else 1
+    images = size * (images or config.model.image.max_images) if "image" in config.model.modalities else 1
     side = config.model.image.size
     yes = torch.ones(size, dtype=torch.bool)
     return Batch(
