@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from crossguard.train.loop import StepResult
 
 
-# Training lines that the tracker is told in a second: to W&B one takes as long as a small step does.
-MOST_TOLD = 10
+# Seconds between two training lines that the tracker is told: to W&B one takes as long as a small step does.
+BETWEEN_TOLD = 1.0
 
 
 class StepLog:
@@ -104,7 +104,7 @@ class StepLog:
         assert self._metrics is not None
         self._metrics.write(line)
         self._untold = line
-        if line["split"] != TRAIN or time.monotonic() - self._told_at >= 1 / MOST_TOLD:
+        if line["split"] != TRAIN or time.monotonic() - self._told_at >= BETWEEN_TOLD:
             self._tell_untold()
 
     def _tell_untold(self) -> None:
