@@ -12,9 +12,9 @@ def figures_of(device_name: str) -> ClusterConfig | None:
     """The figures of the GPU that torch.cuda.get_device_name() calls `device_name`; None when no file names it."""
     for choice in group_choices("cluster"):
         file = group_file("cluster", choice)
-        figures = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(file) if file else {})
-        if device_name in figures.device_names:
-            figures = OmegaConf.to_object(figures)
+        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(file) if file else {})
+        if device_name in merged.device_names:
+            figures = OmegaConf.to_object(merged)
             assert isinstance(figures, ClusterConfig)
             return figures
     return None

@@ -116,12 +116,12 @@ def test_the_tracker_hears_of_fast_steps_now_and_then_and_of_every_evaluation(
     with StepLog(tmp_path, config.train, alone(), tracker) as log:
         for step in range(1, 51):
             log.step(step, StepResult(0.5, 1.0, 0.1, Work(8, 8, 8, 0)), [])
-            now += 1 / 64
-            if step == 25:
+            now += 1 / 8
+            if step == 27:
                 log.evaluation("validation", step, {"loss": 1})
     train = [step for step, name in heard if name == "train/loss"]
-    assert train == [1, 8, 15, 22, 25, 33, 40, 47, 50]
-    assert [step for step, name in heard if name == "validation/loss"] == [25]
+    assert train == [1, 9, 17, 25, 27, 36, 44, 50]
+    assert [step for step, name in heard if name == "validation/loss"] == [27]
     assert len(metrics_file(tmp_path).read_text().splitlines()) == 51
 
 
