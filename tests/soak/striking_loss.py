@@ -6,25 +6,28 @@ import json
 import os
 import signal
 import threading
+from contextlib import ExitStack
 
 import torch
 
-from crossguard.train import watchdog
+from crossguard.train import phases
+
+# To the end of the process.
+ARMED = ExitStack()
 
 
 def arm(phase: str, times: int, rank: int, delay: float) -> None:
     """SIGTERM, `delay` seconds after the rank has entered the phase for so many times."""
-    entered, left = watchdog.phase, times
+    left = times
 
-    def enter(name: str) -> None:
+    def strike(name: str) -> None:
         nonlocal left
-        entered(name)
         left -= name == phase
         if name == phase and left == 0:
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     if rank == int(os.environ["RANK"]):
-        watchdog.phase = enter
+        ARMED.enter_context(phases.listening(strike))
 
 
 if "STRIKE" in os.environ:
