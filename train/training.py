@@ -97,13 +97,7 @@ def _train(
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     compute = find_compute(config, inputs.encode.num_policies, ranks)
-    saver = CheckpointSaver(
-        run_dir,
-        engine,
-        keep_last=config.checkpoint.keep_last,
-        in_background=config.checkpoint.async_save,
-        copies=_copies(config),
-    )
+    saver = _open_saver(config, engine)
     with (
         preemption.holding(),
         profiling(run_dir, ranks) if config.train.profile else contextlib.nullcontext(),
@@ -173,6 +167,12 @@ def _open_engine(
         state = load_checkpoint(checkpoint, engine, config.seed)
         ranks.say(f"train: going on after step {state['step']}")
     return engine
+
+
+def _open_saver(config: Config, engine: Engine) -> CheckpointSaver:
+    wanted = config.checkpoint
+    run_dir, copies = Path(config.run_dir), _copies(config)
+    return CheckpointSaver(run_dir, engine, keep_last=wanted.keep_last, in_background=wanted.async_save, copies=copies)
 
 
 def _copies(config: Config) -> CheckpointCopies | None:
