@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "recipe",
     "run_dir",
     "tracker",
+    "train.compile",
+    "train.gradient_checkpointing",
     "train.log_every",
     "train.log_samples",
     "train.max_epochs",
