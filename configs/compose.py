@@ -19,6 +19,7 @@ from crossguard.configs.encoder_names import check_folders, check_settings
 from crossguard.configs.errors import UserError
 from crossguard.configs.freeze_patterns import check_patterns
 from crossguard.configs.keys import GROUPS, check_file_keys
+from crossguard.configs.lora_targets import check_targets
 from crossguard.configs.own_parts import find_own
 from crossguard.configs.recipe_files import PACKAGE, find_recipe, own_configs
 from crossguard.configs.schema import Config
@@ -111,6 +112,7 @@ def _check_model(config: Config) -> None:
             check_settings(encoder.config, f"model.{modality}.config")
             encoder.check_sizes()
         check_folders(encoder, f"model.{modality}")
+        check_targets(encoder, modality)
     check_patterns(config.train.freeze, config.model)
 
 

@@ -39,6 +39,13 @@ def check_owned(block: Mapping[str, Any]) -> None:
             raise UserError(
                 f"zero.deepspeed.zero_optimization.{offload}.device=nvme: checkpoints cannot see state on NVMe; use cpu"
             )
+    # With these DeepSpeed steps a part of the weights with an optimizer of its own.
+    for name, only in (("ratio", 1), ("super_offload", False)):
+        if _at(block, f"zero_optimization.offload_optimizer.{name}") not in (None, only):
+            raise UserError(
+                f"zero.deepspeed.zero_optimization.offload_optimizer.{name}: checkpoints cannot see the state of a"
+                f" second optimizer; leave it at {str(only).lower()}"
+            )
 
 
 def _holds(block: Mapping[str, Any], path: str) -> bool:

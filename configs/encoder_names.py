@@ -74,6 +74,17 @@ def parameter_names(model_type: str) -> list[str]:
     return _expanded(snapshot()["parameters"].get(model_type, ""))
 
 
+def known_parameters(encoder: TextEncoderConfig | ImageEncoderConfig, modality: str) -> list[str]:
+    """Names of the parameters inside an encoder, the layers' numbers as 0, as far as they are known without building
+    it: empty for one of the user's own, or one that nobody knows without asking a hub."""
+    values: Mapping[str, Any] = encoder.config
+    if encoder.pretrained:
+        described = Path(encoder.pretrained) / "config.json"
+        values = json.loads(described.read_text()) if described.is_file() else {}
+    known = bool(values) and not encoder.build and is_of_installed_version()
+    return parameter_names(tower_type(values, modality)) if known else []
+
+
 def classifier_parameter_names() -> list[str]:
     """Names of the parameters that the classifier adds to its encoders."""
     return _expanded(snapshot()["classifier_parameters"])

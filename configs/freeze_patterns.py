@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-from crossguard.configs.encoder_names import (
-    classifier_parameter_names,
-    is_of_installed_version,
-    parameter_names,
-    tower_type,
-)
+from crossguard.configs.encoder_names import classifier_parameter_names, known_parameters
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.suggest import did_you_mean
 
 
@@ -31,7 +24,7 @@ def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
     names, open_ended = classifier_parameter_names(), []
     for modality in model.modalities:
         encoder = model.text if modality == "text" else model.image
-        inside = [] if encoder.build else _encoder_parameters(encoder, modality)
+        inside = known_parameters(encoder, modality)
         names += [f"{modality}.encoder.{name}" for name in inside]
         if not inside:
             open_ended.append(f"{modality}." if encoder.build else f"{modality}.encoder.")
@@ -51,12 +44,3 @@ def no_match(pattern: str, names: Iterable[str]) -> UserError:
     parts = [name.split(".") for name in names]
     below = {".".join(part[:depth]) + ".*" for part in parts for depth in range(1, len(part))}
     return UserError(f"train.freeze: '{pattern}' matches no parameter; {did_you_mean(pattern, [*below, *names])}")
-
-
-def _encoder_parameters(encoder: TextEncoderConfig | ImageEncoderConfig, modality: str) -> list[str]:
-    """Names inside the encoder, as far as they are known without building it."""
-    values = encoder.config
-    if encoder.pretrained:
-        described = Path(encoder.pretrained) / "config.json"
-        values = json.loads(described.read_text()) if described.is_file() else {}
-    return parameter_names(tower_type(values, modality)) if values and is_of_installed_version() else []

@@ -31,8 +31,10 @@ MAY_CHANGE = (
     "recipe",
     "run_dir",
     "tracker",
+    "train.compile",
     # Like another number of ranks, it changes how sums are rounded, and nothing else.
     "train.deterministic",
+    "train.gradient_checkpointing",
     "train.log_every",
     "train.log_samples",
     "train.max_epochs",

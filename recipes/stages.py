@@ -73,6 +73,7 @@ TRAIN = Stage(
         "train.grad_clip",
         "train.layer_decay",
         "train.freeze",
+        "train.ema_decay",
         "train.precision",
         "train.loss",
         "train.patience",

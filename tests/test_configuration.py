@@ -143,6 +143,12 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
             ["train.freeze=[text.encodr.*]"],
             r"train.freeze: 'text.encodr.\*' matches no .*; did you mean 'text.encoder.\*'",
         ),
+        (
+            ["model.text.lora.rank=4", "model.text.lora.targets=[Wqvk]"],
+            r"model\.text\.lora\.targets: 'Wqvk' .*did you mean 'Wqkv'",
+        ),
+        (["train.compile=true", "zero=3"], r"train\.compile: not with zero=3.*use zero=2"),
+        (["train.ema_decay=1.0"], r"train\.ema_decay=1\.0: a number in \[0, 1\)"),
         (["train.freeze=[image.encoder.layer.0.*]"], r"did you mean 'image.encoder.layers.0.\*'"),
         (["train.freeze=['*embedings*']"], r"'\*embedings\*' matches no parameter"),
         (["train.freeze=['*']"], r"'\*' freezes every parameter"),

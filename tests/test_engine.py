@@ -99,8 +99,14 @@ def test_owned_keys_are_refused_and_others_reach_deepspeed() -> None:
         check_owned({"gradient_clipping": 1.0})
     with pytest.raises(UserError, match=r"zero_optimization\.stage: .* use zero=0"):
         check_owned({"zero_optimization": {"stage": 2}})
+    for offload in ({"ratio": 0.5}, {"super_offload": True}):
+        with pytest.raises(
+            UserError, match=r"offload_optimizer\.(ratio|super_offload): .*second optimizer; leave it at"
+        ):
+            check_owned({"zero_optimization": {"offload_optimizer": {"device": "cpu", **offload}}})
+    check_owned({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 1.0, "super_offload": False}}})
     config = tiny_config(stage=2)
     config.zero.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     made = deepspeed_config(config, world_size=2, micro_batch_size=4)
-    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert made["zero_optimization"] == {"stage": 2, "memory_efficient_linear": False, "reduce_bucket_size": 1000}
     assert made["wall_clock_breakdown"] is True

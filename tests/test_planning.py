@@ -26,6 +26,7 @@ from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.recipes.planning import as_table, plan_job
 from crossguard.train.models import build_model
+from crossguard.train.models.activations import checkpoint_activations
 from crossguard.train.optimizer import freeze
 from crossguard.train.planning.memory import Case, Memory, Sizes, ZeroSettings, memory_of, model_states
 from crossguard.train.planning.plan import Plan, Way, make_plan, recommend
@@ -89,10 +90,12 @@ def test_parameters_are_those_of_the_model_that_would_be_trained(name: str) -> N
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["both", "modernbert", "convnext"])
+@pytest.mark.parametrize("name", ["both", "checkpointed", "modernbert", "convnext"])
 def test_activations_and_operations_are_those_of_a_real_pass(name: str, precision: str) -> None:
-    config = config_of(MODELS[name], precision=precision)
+    config = config_of(MODELS.get(name), precision=precision, gradient_checkpointing=name == "checkpointed")
     model = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), 0)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
     batch = batch_of_shapes(config, 2, 6)
     # What is padding is not known from shapes: here nothing is left out for want of it.
     batch.text_mask[0, 1:] = False
@@ -187,6 +190,29 @@ def test_communication_is_that_of_rings() -> None:
     assert sent(2, 1, bf16=True) == 2 * 2000 + 4000
     assert sent(3, 1, bf16=True) == 3 * 2000
     assert communication_bytes(Case(0, "none", 1, 1, False, False), sizes(1000)) == 0
+
+
+def test_averages_cost_one_moment_more_and_encoders_read_in_parts_less_at_the_start() -> None:
+    for stage in range(4):
+        plain, averaged = (Case(stage, "none", 4, 1, False, False, averaged=on) for on in (False, True))
+        more = {
+            name: size - model_states(plain, sizes(1000))[name]
+            for name, size in model_states(averaged, sizes(1000)).items()
+        }
+        assert more == {"weights": 0, "optimizer": 4000 if stage == 0 else 1000, "gradients": 0}
+    whole, parts = (
+        memory_of(
+            Case(3, "none", 64, 1, True, False, in_parts=on),
+            sizes(10**9),
+            ZeroSettings(reduce_bucket=1, max_live=1, prefetch=1),
+            Trace(1),
+        )
+        for on in (False, True)
+    )
+    assert whole.phase == "start"
+    assert whole.weights == 4 * 10**9
+    assert parts.phase != "start"
+    assert parts.total < whole.total
 
 
 def test_time_is_that_of_the_slower_of_arithmetic_and_memory() -> None:

@@ -1,6 +1,6 @@
 """Restoring everything that a resumed run needs, from a format without ranks and without ZeRO stages.
 
-fragments-00000.safetensors   what each rank wrote: flat pieces of fp32 weights and AdamW's moments, by kind:start:name
+fragments-00000.safetensors   what each rank wrote: flat pieces of fp32 weights, averages, moments, by kind:start:name
 random-00000.json             the random generators of each rank
 state.json                    step, position, configuration, shapes and whatever the loop counts
 refused.npy                   the samples that are not read any more
@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from crossguard.configs.errors import CrossguardError, UserError
 from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_manifest import DamagedCheckpoint, fragment_files, verify
+from crossguard.train.ema import AVERAGE
 from crossguard.train.fragments import (
     WEIGHT,
     Fragment,
@@ -149,31 +150,47 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every parameter (fp32) and buffer of a verified checkpoint, whole, on the CPU; needs no DeepSpeed.
 
+    Where training keeps an average of the weights (`train.ema_decay`), a trained parameter is its average.
+
     Raises:
         UserError: the checkpoint is incomplete.
     """
     shapes: dict[str, list[int]] = folder.read_state(checkpoint)["shapes"]
-    whole: dict[str, torch.Tensor] = {}
-    seen: dict[str, int] = defaultdict(int)
-    for _, start, name, part in _stored(checkpoint, {WEIGHT}):
-        if name not in whole:
-            whole[name] = torch.empty(shapes[name], dtype=part.dtype)
-        whole[name].view(-1)[start : start + part.numel()] = part
-        seen[name] += part.numel()
+    averaged = _whole(checkpoint, AVERAGE, shapes)
+    whole = _whole(checkpoint, WEIGHT, shapes, without=averaged) | averaged
     for name, shape in shapes.items():
-        if seen[name] != torch.Size(shape).numel():
+        if name not in whole and torch.Size(shape).numel():
             raise UserError(f"{checkpoint}: '{name}' is incomplete")
     return {name: whole.get(name, torch.empty(shape)) for name, shape in shapes.items()}
 
 
-def _stored(checkpoint: Path, kinds: set[str]) -> Iterator[tuple[str, int, str, torch.Tensor]]:
-    """(kind, start, name, elements) of everything stored of some kinds."""
+def _whole(
+    checkpoint: Path, kind: str, shapes: Mapping[str, list[int]], without: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors of one kind, put together from their pieces."""
+    whole: dict[str, torch.Tensor] = {}
+    seen: dict[str, int] = defaultdict(int)
+    for start, name, part in _stored(checkpoint, kind):
+        if name in without:
+            continue
+        if name not in whole:
+            whole[name] = torch.empty(shapes[name], dtype=part.dtype)
+        whole[name].view(-1)[start : start + part.numel()] = part
+        seen[name] += part.numel()
+    for name, tensor in whole.items():
+        if seen[name] != tensor.numel():
+            raise UserError(f"{checkpoint}: '{name}' is incomplete")
+    return whole
+
+
+def _stored(checkpoint: Path, kind: str) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """(start, name, elements) of everything stored of one kind."""
     for file in fragment_files(checkpoint):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
-                kind, start, name = key.split(":", 2)
-                if kind in kinds:
-                    yield kind, int(start), name, opened.get_tensor(key)
+                of_kind, start, name = key.split(":", 2)
+                if of_kind == kind:
+                    yield int(start), name, opened.get_tensor(key)
 
 
 def _fill(checkpoint: Path, fragments: list[Fragment]) -> None:

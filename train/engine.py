@@ -30,7 +30,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, micro_batch_size: int):
-        """Place `model` (whole and equal on every rank) on the device and hand it to DeepSpeed.
+        """Place `model` (equal on every rank, or shared out by ZeRO-3) on the device and hand it to DeepSpeed.
 
         Raises:
             UserError: `train.freeze` fits no parameter, `zero.deepspeed` holds a key that crossguard owns, or DeepSpeed
@@ -126,7 +126,8 @@ def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> 
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.train.grad_clip if config.zero.stage else 0.0,
         "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
-        "zero_optimization": {"stage": config.zero.stage},
+        # The other one stays in torch for good, also for models of other stages.
+        "zero_optimization": {"stage": config.zero.stage, "memory_efficient_linear": False},
         "zero_force_ds_cpu_optimizer": False,
     }
     return _merged(ours, config.zero.deepspeed)

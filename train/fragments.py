@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from crossguard.configs.errors import Preempted
+from crossguard.train.ema import AVERAGE, is_followed, updated_state
+
 if TYPE_CHECKING:  # Reading a checkpoint must not cost the import of DeepSpeed.
     from crossguard.train.engine import Engine
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, start + len(tensor)) of the flattened tensor `name`."""
 
-    # weight, exp_avg or exp_avg_sq.
+    # weight, exp_avg, exp_avg_sq, or average (train.ema_decay).
     kind: str
     name: str
     start: int
@@ -38,7 +41,7 @@ class Fragment:
 
 
 def held_fragments(engine: Engine) -> list[Fragment]:
-    """Everything that this rank holds: weights (fp32 masters, frozen ones too), moments, buffers."""
+    """Everything that this rank holds: weights (fp32 masters, frozen ones too), moments, averages, buffers."""
     family = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_flat_parameters}[engine.stage]
     return [*family(engine), *_buffers(engine.model)]
 
@@ -75,6 +78,33 @@ def refresh_weights(engine: Engine) -> None:
         if small := optimizer.persistent_parameters:
             small[0].partition(small)
             small[0].all_gather(small)
+
+
+@contextmanager
+def averaged_weights(engine: Engine) -> Iterator[None]:
+    """Inside, the model computes with the averages of its weights, where training keeps any (`train.ema_decay`).
+
+    Afterwards weights and averages are what they were, bit for bit. All ranks enter and leave it. Where the block
+    raises anything but Preempted, that may be on this rank alone: what it holds is put back, but no other rank is
+    waited for to refresh the weights of the forward pass.
+    """
+    if not is_followed(engine.optimizer):
+        yield
+        return
+    held = {(part.kind, part.name, part.start): part.tensor for part in held_fragments(engine)}
+    pairs = [(held[WEIGHT, name, start], held[kind, name, start]) for kind, name, start in held if kind == AVERAGE]
+    together = True
+    _exchange(pairs)
+    refresh_weights(engine)
+    try:
+        yield
+    except BaseException as error:
+        together = isinstance(error, Preempted)
+        raise
+    finally:
+        _exchange(pairs)
+        if together:
+            refresh_weights(engine)
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -155,11 +185,14 @@ def _buffers(model: nn.Module) -> Iterator[Fragment]:
         yield Fragment(WEIGHT, name, 0, buffer.data.view(-1), replicated=True)
 
 
+def _exchange(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Swap the contents of two tensors, pair by pair."""
+    for one, other in pairs:
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
+
+
 def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """AdamW's moments of a tensor that it updates; made here as AdamW would at its first step."""
-    state = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for kind in MOMENTS:
-            state[kind] = torch.zeros_like(parameter.data)
-    return [(kind, state[kind]) for kind in MOMENTS]
+    """AdamW's moments of a tensor that it updates, and the average of the tensor where there is one."""
+    return [(kind, value) for kind, value in updated_state(optimizer, parameter).items() if kind != "step"]

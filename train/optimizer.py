@@ -14,6 +14,7 @@ from torch import nn
 from crossguard.configs.errors import UserError
 from crossguard.configs.freeze_patterns import no_match
 from crossguard.configs.schema import TrainConfig
+from crossguard.train import ema
 
 # The n-th layer of an encoder, in the names that transformers, timm and our own models use.
 _LAYER = re.compile(r"^(text|image)\b.*?\b(?:layers?|blocks?|h|stages?)\.(\d+)\.")
@@ -46,7 +47,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
         if parameter.requires_grad:
             decay = 0.0 if _is_vector(parameter) else train.weight_decay
             groups[decay, factors[name]].append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": members, "weight_decay": decay, "lr_scale": factor}
             for (decay, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
@@ -55,6 +56,9 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
         betas=(train.betas[0], train.betas[1]),
         fused=True,
     )
+    if train.ema_decay:
+        ema.follow(optimizer, train.ema_decay)
+    return optimizer
 
 
 def layer_factors(names: list[str], layer_decay: float) -> dict[str, float]:
@@ -91,4 +95,5 @@ def learning_rate(step: int, train: TrainConfig, schedule_steps: int) -> float:
 
 def _is_vector(parameter: nn.Parameter) -> bool:
     """Biases, norms, scales and learned tokens: at most one axis longer than 1."""
-    return sum(length > 1 for length in parameter.shape) <= 1
+    # Of what ZeRO-3 has partitioned already, a rank sees no axis.
+    return sum(length > 1 for length in getattr(parameter, "ds_shape", parameter.shape)) <= 1

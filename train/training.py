@@ -28,13 +28,13 @@ from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
 from crossguard.train.metrics_log import cut_after
 from crossguard.train.micro_batch import MicroBatch
-from crossguard.train.models import build_model
 from crossguard.train.objectives import build_objective
 from crossguard.train.profiling import profiling
 from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
 from crossguard.train.refusals import Refusals
 from crossguard.train.run_lock import run_lock
+from crossguard.train.starting_model import starting_model
 from crossguard.train.step_log import StepLog
 from crossguard.train.tracking import Tracker, open_tracker
 from crossguard.train.validation import open_validation
@@ -160,7 +160,7 @@ def _open_engine(
 ) -> Engine:
     """The model under DeepSpeed, restored where there is a checkpoint."""
     encode = inputs.encode
-    model = build_model(config.model, encode.taxonomy, encode.tokenizer, config.seed)
+    model = starting_model(config, ranks, encode, micro_batch.size)
     seed_rank(config.seed, ranks.rank)
     engine = Engine(model, config, ranks, micro_batch.size)
     if checkpoint is not None:

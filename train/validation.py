@@ -14,6 +14,7 @@ from crossguard.train.encode import PostEncoder
 from crossguard.train.engine import Engine
 from crossguard.train.evaluation.metrics import evaluate_predictions
 from crossguard.train.evaluation.scoring import score_split
+from crossguard.train.fragments import averaged_weights
 from crossguard.train.step_log import StepLog, flat
 
 logger = logging.getLogger(__name__)
@@ -46,16 +47,17 @@ def open_validation(
     refuse_once = _once(on_refused)
 
     def validate(step: int) -> float | None:
-        predictions = score_split(
-            engine.deepspeed,
-            encode,
-            reader,
-            rows,
-            engine.ranks,
-            config.evaluation.batch_size,
-            num_workers=config.train.num_workers,
-            on_refused=refuse_once,
-        )
+        with averaged_weights(engine):
+            predictions = score_split(
+                engine.deepspeed,
+                encode,
+                reader,
+                rows,
+                engine.ranks,
+                config.evaluation.batch_size,
+                num_workers=config.train.num_workers,
+                on_refused=refuse_once,
+            )
         metrics = evaluate_predictions(predictions, config.evaluation)
         log.evaluation(SPLIT, step, _short(metrics))
         # A metric of the user's own may draw random numbers: rank 0's value decides for all.

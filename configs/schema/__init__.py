@@ -65,6 +65,11 @@ class Config:
         )
         if self.train.patience and not self.evaluation.every_steps:
             raise UserError("train.patience: needs evaluation.every_steps above 0")
+        if self.train.compile and self.zero.stage == 3:
+            raise UserError(
+                "train.compile: not with zero=3, whose gathering of weights breaks the compiled code to pieces;"
+                " use zero=2, or train.compile=false"
+            )
         if not self.data.has_posts and not self.data.shards:
             raise UserError(
                 f"data.path: not set; recipe '{self.recipe}' needs data.path=FILE_OR_FOLDER of posts"

@@ -15,6 +15,31 @@ NORMALISERS = (0, 1)
 # The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
 BYTES = "bytes"
 BYTE_TOKENS = 259
+# The target of an adapter that stands for every linear module.
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the encoder stays as it is, small matrices beside it are trained."""
+
+    # Rank of the adapters; 0 trains the encoder itself.
+    rank: int = 0
+    # The adapters' output is scaled by alpha / rank.
+    alpha: float = 16.0
+    # Dropout in front of the adapters.
+    dropout: float = 0.0
+    # Names of linear modules that get one, or the ends of such names (query, attention.self.value); all-linear: each.
+    targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+
+    def check(self, key: str) -> None:
+        """Check the values that stand under `key`."""
+        at_least(f"{key}.rank", self.rank, 0)
+        within(f"{key}.dropout", self.dropout, 0, 1)
+        if not self.alpha > 0:
+            raise UserError(f"{key}.alpha={self.alpha}: must be above 0")
+        if not self.targets:
+            raise UserError(f"{key}.targets: empty; name linear modules, or say {ALL_LINEAR}; {key}.rank=0 is without")
 
 
 @dataclass
@@ -38,9 +63,12 @@ class TextEncoderConfig:
     normaliser: int = 0
     # How tokens become the encoder's summary: mean over the text, or the first token.
     pooling: str = "mean"
+    # Train adapters beside the encoder instead of the encoder.
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _at_most_one_kind("model.text", self)
+        self.lora.check("model.text.lora")
         at_least("model.text.max_length", self.max_length, 4)
         one_of("model.text.pooling", self.pooling, POOLINGS)
         if self.normaliser not in NORMALISERS:
@@ -78,9 +106,12 @@ class ImageEncoderConfig:
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     # Images looked at in a post that has several.
     max_images: int = 1
+    # Train adapters beside the encoder instead of the encoder.
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _at_most_one_kind("model.image", self)
+        self.lora.check("model.image.lora")
         at_least("model.image.size", self.size, 8)
         at_least("model.image.max_images", self.max_images, 1)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0) <= 0:
@@ -146,6 +177,11 @@ class ModelConfig:
                     f"model.{name}: set one of pretrained, config, build, choose a preset with model=NAME,"
                     f" or leave '{name}' out of model.modalities"
                 )
+
+    @property
+    def has_pretrained(self) -> bool:
+        """Whether the weights of an encoder are read from a hub or a folder."""
+        return any((self.text if name == "text" else self.image).pretrained for name in self.modalities)
 
 
 def _at_most_one_kind(key: str, encoder: TextEncoderConfig | ImageEncoderConfig) -> None:

@@ -95,6 +95,13 @@ class TrainConfig:
     layer_decay: float = 1.0
     # Parameters whose names match one of these patterns (fnmatch) are not trained, e.g. "text.*embeddings*".
     freeze: list[str] = field(default_factory=list)
+    # Validate, evaluate and export an exponential moving average of the weights, which keeps this share of itself at
+    # each step, less in the first ones; 0 is off.
+    ema_decay: float = 0.0
+    # Keep few activations of the encoders for the backward pass and compute the others again: less memory, more time.
+    gradient_checkpointing: bool = False
+    # Compile the towers with torch.compile, for any length of text; the first steps take minutes. Not with zero=3.
+    compile: bool = False
     # Number format of the forward and backward pass.
     precision: str = "fp32"
     # What is minimised.
@@ -140,6 +147,8 @@ class TrainConfig:
         within("train.max_refused", self.max_refused, 0, 1)
         within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         within("train.layer_decay", self.layer_decay, 0, 1)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"train.ema_decay={self.ema_decay}: a number in [0, 1)")
         one_of("train.precision", self.precision, PRECISIONS)
         if not self.lr > 0:
             raise UserError(f"train.lr={self.lr}: must be above 0")

@@ -11,6 +11,7 @@ import loading
 import memory
 import order
 import plan
+import pretrained
 import resume
 import step
 
@@ -18,6 +19,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("WANDB_MODE", "offline")
-    everything = (memory, order, resume, loading, checkpoint, plan, step, lengths)
+    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths)
     reached = [benchmark.main() for benchmark in everything]
     sys.exit(not all(reached))

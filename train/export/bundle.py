@@ -27,6 +27,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain
 from crossguard.configs.schema import Config, ModelConfig
+from crossguard.configs.schema.model import LoraConfig
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_valid, load_weights
@@ -34,6 +35,7 @@ from crossguard.train.checkpoint_folder import read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.export.card import model_card
 from crossguard.train.models import Classifier, without_pretrained
+from crossguard.train.models.lora import merge_lora
 from crossguard.train.ranks import Ranks
 from crossguard.train.tokenizers import BYTES, load_tokenizer
 from crossguard.train.trained import load_trained
@@ -87,10 +89,11 @@ def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     encode = PostEncoder(config.model, Taxonomy.from_config(config.taxonomy))
     checkpoint = best_valid(run_dir, Ranks(0, 0, 1, torch.device("cpu")))
     check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
-    weights = load_weights(checkpoint)
-    model = load_trained(config.model, encode, weights, checkpoint)
+    model = load_trained(config.model, encode, load_weights(checkpoint), checkpoint)
+    if config.model.text.lora.rank or config.model.image.lora.rank:
+        merge_lora(model)
     # Weights that two names share are stored under both: safetensors refuses shared memory.
-    save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, staging / WEIGHTS)
+    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, staging / WEIGHTS)
     (staging / WEIGHTS).chmod(0o644)  # safetensors keeps files to their owner, and others serve this one
     described = _self_contained(config.model, model)
     _write(staging / CONFIG, {"format": FORMAT, "recipe": config.recipe, "model": described})
@@ -125,10 +128,12 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:
-    """The configuration with every encoder described in full and the tokenizer in the bundle's own folder."""
+    """The configuration with every encoder described in full, its adapters merged into it, and the tokenizer in the
+    bundle's own folder."""
     name = config.text.tokenizer or config.text.pretrained or BYTES
-    text = dataclasses.replace(config.text, tokenizer=BYTES if name == BYTES else TOKENIZER)
-    described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, text=text), model))
+    text = dataclasses.replace(config.text, tokenizer=BYTES if name == BYTES else TOKENIZER, lora=LoraConfig())
+    image = dataclasses.replace(config.image, lora=LoraConfig())
+    described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, text=text, image=image), model))
     for name in config.modalities:
         described[name]["config"].pop("_name_or_path", None)  # may be a path of this machine
     return described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -15,11 +16,21 @@ from crossguard.train.models.hugging_face import encoder_config
 from crossguard.train.tokenizers import Tokenizer
 
 
-def build_model(config: ModelConfig, taxonomy: Taxonomy, tokenizer: Tokenizer, seed: int) -> Classifier:
+def build_model(
+    config: ModelConfig, taxonomy: Taxonomy, tokenizer: Tokenizer, seed: int, *, unused: Collection[str] | None = None
+) -> Classifier:
     """A classifier whose fresh weights depend on the configuration and the seed alone, not on the rank.
 
     Parameters that take no part in the logits (poolers, mask tokens of pretraining) are frozen: one that waits for a
     gradient which never comes is an error under some ZeRO stages.
+
+    Args:
+        config: the model's configuration.
+        taxonomy: one logit for each of its policies.
+        tokenizer: of the texts.
+        seed: of the fresh weights.
+        unused: the names of the parameters that take no part, for a model that cannot be run yet (its weights are
+            shared out over the ranks); by default a pass over an example finds them.
 
     Raises:
         UserError: an encoder does not exist or does not fit tokenizer, length or size.
@@ -27,8 +38,13 @@ def build_model(config: ModelConfig, taxonomy: Taxonomy, tokenizer: Tokenizer, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(config, len(taxonomy.names), tokenizer.vocab_size, tokenizer.pad_id, seed)
-    freeze_unused(model, _example(config, len(taxonomy.names), tokenizer.pad_id))
-    return model
+    if unused is None:
+        freeze_unused(model, _example(config, len(taxonomy.names), tokenizer.pad_id))
+        return model
+    for name, parameter in model.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
+    return model.train()
 
 
 def without_pretrained(config: ModelConfig, model: Classifier) -> ModelConfig:

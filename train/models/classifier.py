@@ -10,6 +10,7 @@ from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.models.fusion import Fusion, Tokens
 from crossguard.train.models.image import Normalise, build_image_tower
+from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
 from crossguard.train.models.text import build_text_tower, summarise
 
@@ -30,10 +31,12 @@ class Classifier(nn.Module):
         if "text" in self.modalities:
             self.text = build_text_tower(config.text, vocab_size, pad_id)
             widths["text"] = self.text.width
+            add_lora(self.text, config.text.lora, "model.text.lora")
         if "image" in self.modalities:
             self.normalise = Normalise(config.image.mean, config.image.std)
             self.image = build_image_tower(config.image)
             widths["image"] = self.image.width
+            add_lora(self.image, config.image.lora, "model.image.lora")
         self.fusion = Fusion(config.fusion, widths)
         self.head = nn.Linear(self.fusion.output_width, num_policies)
         # Every policy starts at probability one half, whatever the encoders say.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Role = Literal["text", "image"]
+# How weights are shared out while they are read; None: every rank holds them whole.
+_DEEPSPEED: ContextVar[Mapping[str, Any] | None] = ContextVar("deepspeed", default=None)
 INPUTS = {"text": "input_ids", "image": "pixel_values"}
 
 
@@ -32,7 +35,8 @@ def load_encoder(name: str, role: Role) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModel
 
     key = f"model.{role}.pretrained={name}"
-    with _opening(key), _quiet():
+    # What a fresh pooler draws must not change what is drawn after it: that depends on how the weights are read.
+    with _opening(key), _quiet(), torch.random.fork_rng(devices=[]), _partitioning():
         config = _tower_config(AutoConfig.from_pretrained(name), role)
         encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     # A pooler is made anew for many checkpoints; it is not used here.
@@ -42,6 +46,39 @@ def load_encoder(name: str, role: Role) -> PreTrainedModel:
             f"{key}: has no weights for {len(missing)} parameters of the encoder, the first is '{missing[0]}'"
         )
     return _encoder_half(encoder, role, key)
+
+
+@contextmanager
+def partitioned(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `load_encoder` leaves every rank with its ZeRO-3 partition of the weights: rank 0 reads them module by
+    module and the ranks share each of them out at once, so that none ever holds the encoder. All ranks load together.
+
+    Args:
+        settings: the configuration that DeepSpeed will be started with.
+    """
+    before = _DEEPSPEED.set(settings)
+    try:
+        yield
+    finally:
+        _DEEPSPEED.reset(before)
+
+
+@contextmanager
+def _partitioning() -> Iterator[None]:
+    settings = _DEEPSPEED.get()
+    if settings is None:
+        yield
+        return
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    deepspeed.init_distributed(verbose=False)
+    kept = HfDeepSpeedConfig(settings)  # transformers holds it weakly.
+    try:
+        yield
+    finally:
+        del kept
+        unset_hf_deepspeed_config()
 
 
 def new_encoder(values: dict[str, Any], defaults: dict[str, Any], role: Role) -> PreTrainedModel:

@@ -31,20 +31,32 @@ class ImageTower(Tower):
         super().__init__()
         # In evaluation mode a look changes no running statistics.
         self.encoder = encoder.eval()
+        # Configurations name their width in many ways, and some of convolutional nets not at all.
         try:
-            with torch.no_grad():
-                tokens = self(torch.zeros(1, 3, size, size))
+            self.width = _look(encoder, size).shape[-1]
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.image.size={size}: the encoder cannot look at such images ({reason})") from error
-        # Configurations name their width in many ways, and some of convolutional nets not at all.
-        self.width: int = tokens.shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float[N, 3, S, S] → float[N, T, width]."""
-        hidden: Tensor = self.encoder(pixel_values=pixels).last_hidden_state
-        # A convolutional net gives a map [N, width, h, w].
-        return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+        return _tokens(self.encoder, pixels)
+
+
+def _look(encoder: PreTrainedModel, size: int) -> Tensor:
+    """The tokens of a blank image; where ZeRO-3 has shared out the weights, from an encoder like it that has none."""
+    with torch.no_grad():
+        if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
+            with torch.device("meta"):
+                encoder = type(encoder)(encoder.config).eval()
+        device = next(encoder.parameters()).device
+        return _tokens(encoder, torch.zeros(1, 3, size, size, device=device))
+
+
+def _tokens(encoder: PreTrainedModel, pixels: Tensor) -> Tensor:
+    hidden: Tensor = encoder(pixel_values=pixels).last_hidden_state
+    # A convolutional net gives a map [N, width, h, w].
+    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
 
 class Normalise(nn.Module):

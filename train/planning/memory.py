@@ -137,6 +137,10 @@ class Case:
     accumulation: int
     bf16: bool
     on_cpu: bool
+    # An average of the weights is kept (train.ema_decay).
+    averaged: bool = False
+    # Stage 3 shares weights out as it reads them: pretrained encoders.
+    in_parts: bool = False
 
     @property
     def offloads(self) -> bool:
@@ -165,16 +169,17 @@ def memory_of(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) ->
 
 
 def model_states(case: Case, sizes: Sizes) -> dict[str, float]:
-    """Bytes of weights, optimizer (moments, and masters where they are apart) and gradients between two passes."""
+    """Bytes of weights, optimizer (moments, averages, and masters where they are apart) and gradients between two
+    passes."""
     whole, part = FP32 * sizes.trainable, FP32 * sizes.trainable / case.ranks
-    weights = FP32 * sizes.parameters
+    weights, moments = FP32 * sizes.parameters, 2 + case.averaged
     states = {
-        0: (weights, 2 * whole, whole),
+        0: (weights, moments * whole, whole),
         # The partition of the flat weights is copied, although it is fp32 as well (single_partition_of_fp32_groups).
-        1: (weights, 3 * part, whole),
-        2: (weights, 3 * part, part),
+        1: (weights, (1 + moments) * part, whole),
+        2: (weights, (1 + moments) * part, part),
         # Here it is not (fp32_partitioned_groups_flat).
-        3: (weights / case.ranks + FP32 * sizes.persistent, 2 * part, part),
+        3: (weights / case.ranks + FP32 * sizes.persistent, moments * part, part),
     }[case.stage]
     return dict(zip(("weights", "optimizer", "gradients"), states, strict=True))
 
@@ -183,7 +188,7 @@ def _stage_0(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) -> 
     """Everything on every rank; gradients are reduced in flat copies (engine.allreduce_bucket)."""
     states = model_states(case, sizes)
     weights = Term(states["weights"], FP32 * sizes.heap_parameters)
-    optimizer = Term(states["optimizer"], 2 * FP32 * sizes.heap_trainable)
+    optimizer = Term(states["optimizer"], (2 + case.averaged) * FP32 * sizes.heap_trainable)
     gradients = _whole_gradients(sizes)
     copy = Term(FP32 * min(sizes.trainable, _STAGE_0_BUCKET))
     return {
@@ -248,9 +253,10 @@ def _stage_3(case: Case, sizes: Sizes, settings: ZeroSettings, trace: Trace) -> 
     reduce = backward if sizes.trainable > bucket else {**same, "weights": weights}
     # The flat gradient of the partition (_prepare_fp32_grad_for_sub_group).
     update = 0.0 if case.offloads else states["gradients"]
+    # Otherwise the engine places the whole model on the device, and DeepSpeed partitions it there.
+    whole = {"weights": Term(FP32 * sizes.parameters + states["weights"] * case.on_cpu), **_check(case, sizes)}
     return {
-        # The engine places the whole model on the device, and DeepSpeed partitions it there.
-        "start": {"weights": Term(FP32 * sizes.parameters + states["weights"] * case.on_cpu), **_check(case, sizes)},
+        "start": {"weights": weights} if case.in_parts else whole,
         "backward": {**backward, "buffers": Term(buckets)},
         "reduce": {**reduce, "buffers": Term(buckets + copies)},
         "update": {**same, "weights": weights, "buffers": Term(buckets + update)},
@@ -292,10 +298,11 @@ def _check(case: Case, sizes: Sizes) -> Phase:
 
 
 def _host(case: Case, sizes: Sizes) -> float:
-    """Of each rank: masters, moments, gradients and their accumulator, and a copy of the weights or of the gradients
-    (param_buffer_of_bit16_for_cpu_offload_groups, grad_partitions_flat_buffer); with parameters, the partition."""
+    """Of each rank: masters, moments, averages, gradients and their accumulator, and a copy of the weights or of the
+    gradients (param_buffer_of_bit16_for_cpu_offload_groups, grad_partitions_flat_buffer); with parameters, the
+    partition."""
     if not case.offloads:
         return 0.0
     part = FP32 * sizes.trainable / case.ranks
     parameters = FP32 * sizes.parameters / case.ranks if case.offload == "optimizer+parameters" else 0.0
-    return (6 if case.stage < 3 else 5) * part + parameters
+    return ((6 if case.stage < 3 else 5) + case.averaged) * part + parameters

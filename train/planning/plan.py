@@ -154,7 +154,16 @@ class _Planner:
     def _case(self, stage: int, offload: str, micro_batch_size: int) -> Case:
         accumulation = -(-self.config.train.batch_size // (self.ranks * micro_batch_size))
         bf16 = self.config.train.precision == "bf16"
-        return Case(stage, offload, self.ranks, accumulation, bf16, on_cpu=not self.cluster.is_gpu)
+        return Case(
+            stage,
+            offload,
+            self.ranks,
+            accumulation,
+            bf16,
+            on_cpu=not self.cluster.is_gpu,
+            averaged=self.config.train.ema_decay > 0,
+            in_parts=stage == 3 and self.config.model.has_pretrained,
+        )
 
     def _trace(self, posts: int) -> Trace:
         return at_batch(self.small, self.large, posts)

@@ -17,6 +17,7 @@ from crossguard.configs.schema import Config
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.models import Classifier, freeze_unused
+from crossguard.train.models.activations import checkpoint_activations
 from crossguard.train.models.hugging_face import Role, pretrained_config
 from crossguard.train.optimizer import freeze
 from crossguard.train.planning.trace import Trace, trace_step
@@ -48,7 +49,11 @@ class Shapes:
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"model: cannot be run on shapes alone, so not be planned ({reason})") from error
+        # Names of the parameters that are frozen because nothing depends on them, or by adapters beside them.
+        self.unused = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         freeze(self.model, config.train.freeze)
+        if config.train.gradient_checkpointing:
+            checkpoint_activations(self.model)
 
     def trace(self, posts: int, *, length: int | None = None, images: int | None = None) -> Trace:
         """A forward and backward pass over a batch of `posts`, each with so many tokens and images: by default the
