@@ -37,7 +37,9 @@ BAD: dict[str, tuple[Change, bool]] = {
 
 
 def tiny_engine(ranks: Ranks, stage: int, precision: str) -> Engine:
-    return Engine(TinyModel(), tiny_config(stage, precision), ranks, 16 // ranks.world_size // MICRO_BATCHES)
+    """Weights, moments and averages."""
+    config = tiny_config(stage, precision, ema_decay=0.9)
+    return Engine(TinyModel(), config, ranks, 16 // ranks.world_size // MICRO_BATCHES)
 
 
 def one_step(engine: Engine, number: int, change: Change = lambda loss: loss, skip: bool = False) -> float:

@@ -57,6 +57,8 @@ def _begin(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 @torch.no_grad()
 def _move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if getattr(optimizer, "found_inf", None) is not None:  # The step is skipped (Engine.step).
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
