@@ -37,8 +37,9 @@ STEPS = [
     [NOTHING] * 6 + [BOTH, TEXT, IMAGE, NOTHING, BOTH, BOTH],
     [IMAGE] * 3 + [NOTHING] * 3 + [TEXT] * 3 + [BOTH] * 3,
 ]
-# Posts of each step without any known label: a whole micro-batch, a whole rank, all but one post.
-UNLABELED = [range(3, 6), range(6, 12), range(1, 12)]
+# Posts of each step without any known label: a micro-batch, a rank, all but an image and a text. The head is zero at first:
+# what is below it moves from step 2 on.
+UNLABELED = [range(3, 6), range(6), [*range(1, 7), *range(8, 12)]]
 POSTS = 12
 KEY_BIASES = ["*qkv.bias", "*key.bias", "*k_proj.bias"]
 

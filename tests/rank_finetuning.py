@@ -37,7 +37,8 @@ from crossguard.train.ranks import Ranks, end_process, init_ranks
 
 def modalities(ranks: Ranks, _: Path) -> dict[str, Any]:
     """Ranks, and micro-batches, that lack modalities or labels."""
-    found, (weights, losses) = {}, reference(config_of(0))
+    found: dict[str, Any] = {}
+    weights, losses = reference(config_of(0))
     for stage in STAGES:
         for micro_batch_size in (4, 6):
             with trained(config_of(stage, micro_batch_size=micro_batch_size), ranks) as (loop, engine_losses):
@@ -45,6 +46,8 @@ def modalities(ranks: Ranks, _: Path) -> dict[str, Any]:
                     "losses": apart(losses, engine_losses),
                     "weights": largest_difference(loop.engine, weights[-1]),
                 }
+                # What this rank updates has moved, so that it could have gone wrong.
+                found["moved"] = min(found.get("moved", 1.0), largest_difference(loop.engine, weights[0]))
     return found
 
 

@@ -38,6 +38,8 @@ from crossguard.train.training import run_training
 
 HERE = Path(__file__).parent
 STAGES = range(4)
+# AdamW scales up the rounding of gradients that are near its epsilon; a step moves weights by a thousand times as much.
+WEIGHTS = 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_ranks_and_micro_batches_may_lack_modalities_and_labels(found: list[dict[str, Any]]) -> None:
     """Losses and weights are those of one whole batch."""
     for rank in found:
+        assert rank["modalities"].pop("moved") > 1e-3
         assert len(rank["modalities"]) == 8
         for case, difference in rank["modalities"].items():
-            assert max(difference.values()) < 1e-6, case
+            assert difference["losses"] < 1e-6, case
+            assert difference["weights"] < WEIGHTS, case
 
 
 def test_averaged_weights(found: list[dict[str, Any]]) -> None:
     for rank in found:
         averages = rank["averages"]
         for stage in STAGES:
-            assert averages[f"{stage} average"] < 1e-6
-            assert averages[f"{stage} bundle"] < 1e-6
+            assert averages[f"{stage} average"] < WEIGHTS
+            assert averages[f"{stage} bundle"] < WEIGHTS
             assert averages[f"{stage} logits moved"] > 1e-3
         assert sum(right is True for right in averages.values()) == 6 * len(STAGES) + 3
         assert not any(right is False for right in averages.values()), averages
