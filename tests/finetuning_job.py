@@ -21,13 +21,16 @@ from crossguard.data.loading.order import micro_batches
 from crossguard.train.checkpoint_folder import latest_checkpoint
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
+from crossguard.train.guards import Guards
 from crossguard.train.loop import TrainLoop, TrainState
 from crossguard.train.models import Classifier, build_model
 from crossguard.train.models.activations import checkpoint_activations
 from crossguard.train.objectives import build_objective, known_labels
 from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
 from crossguard.train.ranks import Ranks
+from crossguard.train.throughput import Work
 from crossguard.train.tokenizers import load_tokenizer
+from crossguard.train.tracking import NullTracker
 
 STAGES = range(4)
 # Tokens and images of each post. 12 posts on 2 ranks with micro_batch_size 4: two passes of 3 on each.
@@ -52,6 +55,13 @@ class NoRefusals:
 
     def check(self, damaged: int) -> None:
         assert not damaged
+
+
+class NoLog:
+    """Counts a step's work as `StepLog` does, and writes nothing."""
+
+    def work(self, batches: list[Batch]) -> Work:
+        return Work.of(batches, None)
 
 
 def config_of(stage: int, model: ModelConfig | None = None, deepspeed: Any = None, **train: Any) -> Config:
@@ -104,6 +114,7 @@ def loop_of(config: Config, ranks: Ranks) -> TrainLoop:
     engine = Engine(classifier(config), config, ranks, size)
     nothing: Any = None
     refusals: Any = NoRefusals()
+    log: Any = NoLog()
     state = TrainState(step=0, schedule_steps=len(STEPS))
     objective = build_objective(config.train.loss)
     return TrainLoop(
@@ -113,8 +124,10 @@ def loop_of(config: Config, ranks: Ranks) -> TrainLoop:
         [],
         state,
         last_step=len(STEPS),
-        log=nothing,
+        log=log,
         refusals=refusals,
+        guards=Guards(config.train, state, ranks, refusals, NullTracker()),
+        micro_batch=nothing,
         validate=None,
         save=nothing,
     )

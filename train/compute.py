@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,9 +32,12 @@ def find_compute(config: Config, num_policies: int, ranks: Ranks) -> Compute | N
     if None in peaks:
         return None
 
+    once = replace(config.train, gradient_checkpointing=False)
+
     def count() -> PostFlops | None:
         try:
-            return PostFlops.of_model(config, num_policies)
+            # What is computed again to save memory is no progress.
+            return PostFlops.of_model(replace(config, train=once), num_policies)
         except UserError as error:  # A model that can be trained, though not planned.
             ranks.say(f"train: without mfu: {error}")
             return None
