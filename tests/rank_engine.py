@@ -47,15 +47,15 @@ def trained(ranks: Ranks, stage: int, precision: str, micro_batches: int) -> tup
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         inputs, labels = batch_of_step(step)
-        known = int((~labels.isnan()).sum())
+        known = (~labels.isnan()).sum()
         mine = slice(ranks.rank * 16 // ranks.world_size, (ranks.rank + 1) * 16 // ranks.world_size)
         total = torch.zeros(())
         for part, truth in zip(inputs[mine].chunk(micro_batches), labels[mine].chunk(micro_batches), strict=True):
-            loss = masked_sum(engine(part), truth)
-            engine.backward(loss / labels.numel())
-            total += loss.detach() / known
+            loss = masked_sum(engine(part), truth) / known
+            engine.backward(loss)
+            total += loss.detach()
         losses.append(float(ranks.sum(total)))
-        norms.append(engine.step(learning_rate(step, config.train, STEPS), scale=labels.numel() / known))
+        norms.append(engine.step(learning_rate(step, config.train, STEPS)))
     return engine, losses, norms
 
 

@@ -68,7 +68,7 @@ def test_averaged_weights(found: list[dict[str, Any]]) -> None:
             assert averages[f"{stage} average"] < WEIGHTS
             assert averages[f"{stage} bundle"] < WEIGHTS
             assert averages[f"{stage} logits moved"] > 1e-3
-        assert sum(right is True for right in averages.values()) == 6 * len(STAGES) + 3
+        assert sum(right is True for right in averages.values()) == 7 * len(STAGES)
         assert not any(right is False for right in averages.values()), averages
 
 

@@ -43,9 +43,8 @@ class Engine:
         self.model = model.to(ranks.device)
         self.optimizer = build_optimizer(model, config.train)
         self._norm = torch.zeros((), device=ranks.device)
-        self._scale = 1.0
         if self.stage == 0:
-            # Here DeepSpeed has no scale and clips without telling the norm. Gradients are averaged when the hook runs.
+            # DeepSpeed clips without telling the norm here; the gradients are already averaged when the hook runs.
             self.optimizer.register_step_pre_hook(self._clip)
         settings = deepspeed_config(config, ranks.world_size, micro_batch_size)
         try:
@@ -61,15 +60,14 @@ class Engine:
         """Add the gradients of this rank's `loss` (a scalar) to those since the last step."""
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float, *, scale: float = 1.0, skip: bool = False) -> float:
-        """Multiply the gradients by `scale`, clip, update the weights at learning rate `lr`, forget the gradients.
+    def step(self, lr: float, *, skip: bool = False) -> float:
+        """Clip, update the weights at learning rate `lr`, forget the gradients.
 
         With `skip`, and where the norm is not finite, gradients are forgotten alike and ranks talk as ever, but
         weights, moments and AdamW's count of updates stay what they are, bit for bit.
 
         Args:
             lr: learning rate of the groups whose `lr_scale` is 1.
-            scale: what the loss of `backward` was divided by for the time being.
             skip: the same on every rank.
 
         Returns:
@@ -80,12 +78,7 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         if skip:
             self._hold_update()
-        self._scale = scale
-        if self.stage > 0:  # To DeepSpeed, gradients that have to be multiplied are those of a loss that was divided.
-            self.deepspeed.optimizer.loss_scale = 1 / scale
         self.deepspeed.step()
-        if self.stage > 0:
-            self.deepspeed.optimizer.loss_scale = 1.0
         self.optimizer.found_inf = None  # type: ignore[attr-defined]
         return float(self._norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
 
@@ -99,7 +92,6 @@ class Engine:
 
     def _clip(self, *_: Any) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], self._scale)
         limit = self._grad_clip or float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if not self._norm.isfinite():  # Stages 1-3 see to that themselves.

@@ -133,43 +133,39 @@ class TrainLoop:
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
 
-        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. The ranks tell
-        each other once how many labels they know, and all else, when the last forward pass is done. So gradients are
-        those of a loss that is divided by the number of all labels, until the update knows how many are known. Where
-        loss or gradient is not finite, all ranks leave weights and moments as they are.
+        So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. Where loss or
+        gradient is not finite, all ranks leave weights and moments as they are.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
         # Counted while they are on the host.
         work = self.log.work(batches)
         known = sum(int(known_labels(batch.labels)) for batch in batches)
-        most = self.config.train.batch_size * batches[0].labels.shape[1]
+        mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
         batches = [batch.to(ranks.device) for batch in batches]
 
+        phases.enter(phases.WAITING)
+        known, damaged, asked, *work_of_all = ranks.sum(torch.tensor(mine)).tolist()
+        known = max(known, 1)
+
         losses: list[torch.Tensor] = []
-        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-        for number, batch in enumerate(batches, 1):
+        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for batch in batches:
             phases.enter(phases.FORWARD)
             elements = self.objective(engine(batch), batch.labels)
-            loss = elements.sum()
-            losses.append(elements.detach())
-            total += loss.detach()
-            if number == len(batches):
-                phases.enter(phases.WAITING)
-                mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
-                told = ranks.sum(torch.cat([total, total.new_tensor(mine)]))
+            loss = elements.sum() / known
             phases.enter(phases.BACKWARD)
-            engine.backward(loss / most)
+            engine.backward(loss)
+            total += loss.detach()
+            losses.append(elements.detach())
 
-        loss_sum, *counts = told.tolist()
-        known, damaged, asked, *work_of_all = map(int, counts)
-        known = max(known, 1)
-        global_loss = loss_sum / known
+        phases.enter(phases.WAITING)
+        global_loss = float(ranks.sum(total))
         self.refusals.check(damaged)
         self._stop = bool(asked)
 
         phases.enter(phases.STEP)
-        grad_norm = engine.step(lr, scale=most / known, skip=not math.isfinite(global_loss))
+        grad_norm = engine.step(lr, skip=not math.isfinite(global_loss))
         skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
         spike = self.guards.spikes(step, global_loss)
         return StepResult(global_loss, grad_norm, lr, Work(*work_of_all), skipped, spike)
