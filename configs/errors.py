@@ -5,6 +5,8 @@ from __future__ import annotations
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
+# Of a rank alone, for its launcher: another rank is gone, which is no fault of this one.
+EXIT_LOST_CONTACT = 76
 
 
 class CrossguardError(Exception):

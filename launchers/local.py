@@ -11,6 +11,7 @@ from pathlib import Path
 from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
 from crossguard.configs.preemption import SIGNALS, on_preemption
 from crossguard.configs.schema import LauncherConfig
+from crossguard.launchers.environment import environment_of
 from crossguard.launchers.processes import RankProcesses
 
 # How long the others may take to end when a rank is lost: without it they can save nothing.
@@ -62,7 +63,6 @@ def count_gpus() -> int:
 
 def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
     """One start of the ranks; says which rank was lost and why, or nothing when all have done their work."""
-    threads = config.threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs)
     ranks = RankProcesses()
     asked_at: list[float] = []
 
@@ -73,7 +73,7 @@ def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
     patience = SECONDS_TO_END
     try:
         with on_preemption(pass_on):
-            ranks.start(arguments, num_procs, os.environ | {"OMP_NUM_THREADS": str(threads)})
+            ranks.start(arguments, num_procs, os.environ | environment_of(config, num_procs))
             if asked_at:  # while some were not there yet
                 ranks.send(signal.SIGTERM)
             while (ended := ranks.wait(1.0)) is None:

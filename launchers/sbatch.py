@@ -1,0 +1,137 @@
+"""Jobs as SLURM gets them: one script that runs all stages, saves in time, submits itself again and goes on.
+
+SLURM sends SIGUSR1 to the script some time before the time limit, and SIGTERM when it takes the job's place away; the
+script hands both on. `crossguard run` then ends with status 75, on which the script has SLURM requeue the job.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.restarted import RESTARTED
+from crossguard.configs.schema import LauncherConfig
+from crossguard.configs.suggest import did_you_mean
+from crossguard.launchers import procs_per_node
+from crossguard.launchers.programs import need, output
+from crossguard.launchers.work import CROSSGUARD, Work
+
+# SLURM looks at time limits once a minute or so, and what saves must also end before the limit.
+SECONDS_OF_SLACK = 90
+ELSEWHERE = "submit from a machine of the cluster, or see what would run with --dry-run"
+
+_BODY = """
+# What the first start has moved aside (train.restart=true) is not moved aside again.
+if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then export {restarted}=1; fi
+
+{command} "$@" &
+job=$!
+trap 'kill -USR1 "$job" 2>/dev/null' USR1 TERM
+while kill -0 "$job" 2>/dev/null; do wait "$job"; done  # a signal interrupts the wait
+wait "$job"
+status=$?
+
+# Preempted, and neither cancelled nor requeued by anyone else.
+if [ "$status" -eq 75 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+def script(works: list[Work], config: LauncherConfig, *, output_folder: str, command: str = "run") -> str:
+    """The script of a job, or of the jobs of a sweep as an array.
+
+    Args:
+        works: the jobs.
+        config: the launcher's.
+        output_folder: where SLURM writes what the jobs print.
+        command: of crossguard; `build` runs on one node, without GPUs.
+    """
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(works, config, output_folder, command)), ""]
+    if config.slurm.modules:
+        lines.append(f"module load {shlex.join(config.slurm.modules)}")
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in config.environment.items()]
+    if len(works) == 1:
+        lines.append(f"set -- {shlex.join(works[0].arguments)}")
+    else:
+        lines.append('case "$SLURM_ARRAY_TASK_ID" in')
+        lines += [f"  {number}) set -- {shlex.join(work.arguments)} ;;" for number, work in enumerate(works)]
+        lines.append("esac")
+    return "\n".join(lines) + _BODY.format(restarted=RESTARTED, command=shlex.join([*CROSSGUARD, command]))
+
+
+def _options(works: list[Work], config: LauncherConfig, output_folder: str, command: str) -> list[str]:
+    slurm, ranked = config.slurm, command == "run"
+    job = "%A_%a" if len(works) > 1 else "%j"
+    options = {
+        "job-name": works[0].name,
+        "chdir": os.getcwd(),
+        "output": f"{output_folder}/slurm-{job}.out",
+        "open-mode": "append",
+        "nodes": config.nodes if ranked else 1,
+        "ntasks-per-node": procs_per_node(config) if ranked else 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "gpus-per-node": gpus if ranked and (gpus := _gpus(config)) else None,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "signal": f"B:USR1@{config.grace_seconds + SECONDS_OF_SLACK:.0f}",
+    }
+    if len(works) > 1:
+        at_a_time = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
+        options["array"] = f"0-{len(works) - 1}{at_a_time}"
+    given = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return [*given, "--requeue", *map(shlex.quote, slurm.options)]
+
+
+def _gpus(config: LauncherConfig) -> int:
+    return config.num_procs or 0 if config.gpus_per_node is None else config.gpus_per_node
+
+
+def submit(text: str, config: LauncherConfig, *, after: str | None = None) -> str:
+    """Hand a script to SLURM, to begin at once or when the job `after` has succeeded; returns the job's number.
+
+    Raises:
+        UserError: sbatch is missing, there is no such partition, or SLURM refuses the job.
+    """
+    need("sbatch", ELSEWHERE)
+    if config.slurm.partition:
+        known = output(["sinfo", "--noheader", "--format=%R"]).split()
+        for partition in config.slurm.partition.split(","):
+            if partition not in known:
+                hint = did_you_mean(partition, known)
+                raise UserError(f"launcher.slurm.partition={partition}: SLURM has no such partition; {hint}")
+    line = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])]
+    return output(line, text, wrong=UserError).partition(";")[0]
+
+
+def is_active(job: str) -> bool:
+    """Whether a job, or any of an array, waits or runs."""
+    try:
+        return bool(output(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], wrong=UserError))
+    except UserError:  # SLURM has forgotten it.
+        return False
+
+
+def status(job: str) -> str:
+    """A line for each job of the number: its state, why it waits, where it runs, and how long already."""
+    fields = "%i|%T|%r|%M|%l|%N"
+    if not is_active(job):
+        return f"{job}: neither waits nor runs any more; see `crossguard launch logs`, and sacct where it is set up"
+    rows = output(["squeue", "--noheader", "--array", f"--jobs={job}", f"--format={fields}"]).splitlines()
+    lines = []
+    for row in rows:
+        number, state, reason, ran, limit, nodes = row.split("|")
+        where = f" on {nodes}" if nodes else ""
+        why = f" ({reason})" if state == "PENDING" else ""
+        lines.append(f"{number}: {state.lower()}{why}{where}, {ran} of {limit}")
+    return "\n".join(lines)
+
+
+def cancel(job: str) -> None:
+    """End a job; what it has saved stays, and it is not requeued."""
+    need("scancel", ELSEWHERE)
+    output(["scancel", job])

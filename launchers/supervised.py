@@ -1,0 +1,161 @@
+"""Another launcher (torchrun's agent, deepspeed, srun) as a child process: started, asked to stop, given time, ended.
+
+Its exit status tells what became of the ranks: theirs where it passes that on, 128 + N where signal N ended one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_LOST_CONTACT,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    JobError,
+    Preempted,
+    UserError,
+)
+from crossguard.configs.parent_death import be_told
+from crossguard.configs.preemption import SIGNALS, on_preemption
+from crossguard.configs.schema import LauncherConfig
+
+# Beyond `launcher.grace_seconds`: for what the other launcher itself does when its ranks have ended.
+SECONDS_TO_END = 10.0
+
+
+def run(
+    command: list[str],
+    config: LauncherConfig,
+    *,
+    ask: Callable[[subprocess.Popen[bytes]], None],
+    kill: Callable[[], None] = lambda: None,
+    at_death: signal.Signals = signal.SIGKILL,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run the command to its end.
+
+    Args:
+        command: of the other launcher.
+        config: the launcher's.
+        ask: asks all ranks to save and end; called once, when this process is asked to make room.
+        kill: ends what the command has started elsewhere; called when the ranks were asked and have not ended in time.
+        at_death: the signal that the child gets when this process dies.
+        environment: of the child, by default this process's.
+
+    Returns:
+        What was lost, where ranks were killed or lost contact; empty when all have done their work.
+
+    Raises:
+        UserError: a rank ended with exit status 2; it has said why.
+        Preempted: this process or a rank was asked to stop.
+        JobError: a rank failed.
+    """
+    asked: list[float] = []
+    with on_preemption(lambda _: asked.append(time.monotonic())):
+        # In a session of its own: what a terminal sends to this process reaches the ranks through `ask` alone.
+        child = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=functools.partial(be_told, at_death)
+        )
+        try:
+            status = _wait(child, asked, config.grace_seconds, ask)
+            if status is None:
+                kill()
+                raise Preempted(
+                    f"preempted; the ranks had not ended within launcher.grace_seconds={config.grace_seconds:g}; "
+                    "start again and it goes on from the last checkpoint"
+                )
+        finally:
+            _end(child)
+    return outcome(status, asked=bool(asked))
+
+
+def restarting(start: Callable[[list[str]], str], arguments: list[str], config: LauncherConfig) -> None:
+    """Start the ranks until they are done; again, up to `launcher.max_restarts` times, where one was lost.
+
+    Args:
+        start: runs the ranks with the arguments and says what was lost.
+        arguments: of the ranks.
+        config: the launcher's.
+
+    Raises:
+        JobError: lost once too often, and what `start` raises.
+    """
+    restarts = 0
+    while lost := start(arguments):
+        if restarts == config.max_restarts:
+            tried = f" (after {restarts} restarts)" if restarts else ""
+            raise JobError(f"{lost}{tried}; see logs/ in the run directory; start again, or set launcher.max_restarts")
+        restarts += 1
+        # The checkpoints of the first start are not to be moved aside, whoever asked for that; the last word counts.
+        arguments = [*arguments, "train.restart=false"]
+        print(f"crossguard: {lost}; restart {restarts} of {config.max_restarts}", file=sys.stderr, flush=True)
+
+
+def outcome(status: int, *, asked: bool) -> str:
+    """What the exit status of another launcher means; returns and raises as `run` does."""
+    # The message of a rank is on the terminal already.
+    if status == EXIT_USER_ERROR:
+        raise UserError("")
+    sent = _signal_of(status)
+    if status == EXIT_PREEMPTED or sent in SIGNALS or (asked and status != EXIT_FAILED):
+        raise Preempted("preempted; start again and it goes on where it stopped")
+    if status == 0:
+        return ""
+    if sent is not None:
+        return f"a rank was ended by {explained(sent.name)}"
+    if status == EXIT_LOST_CONTACT:
+        return "ranks lost contact with each other"
+    raise JobError(f"the ranks ended with exit status {status}; see logs/ in the run directory")
+
+
+def explained(name: str) -> str:
+    """A signal's name with what is likely behind it."""
+    return {"SIGKILL": "SIGKILL (is memory short?)", "SIGALRM": "SIGALRM (it hung)"}.get(name, name)
+
+
+def _signal_of(status: int) -> signal.Signals | None:
+    """The signal behind an exit status: -N, as shells write it (128 + N), or as `sys.exit(-N)` ends (256 - N)."""
+    if status == 255:  # ssh, where it could not connect
+        return None
+    for number in (-status, status - 128, 256 - status):
+        if 0 < number < 32:
+            return signal.Signals(number)
+    return None
+
+
+def _wait(
+    child: subprocess.Popen[bytes],
+    asked: list[float],
+    grace_seconds: float,
+    ask: Callable[[subprocess.Popen[bytes]], None],
+) -> int | None:
+    """The exit status, or None when the ranks were asked to end and did not in time."""
+    passed_on = False
+    while True:
+        try:
+            return child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if asked and not passed_on:
+                ask(child)
+                passed_on = True
+            if asked and time.monotonic() - asked[0] > grace_seconds + SECONDS_TO_END:
+                return None
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child, and all of its session, where something interrupted the waiting for it."""
+    if child.poll() is not None:
+        return
+    child.terminate()
+    try:
+        child.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
