@@ -57,7 +57,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
     if hosts and shutil.which("pdsh") is None:
         raise UserError("pdsh: not found; launcher=deepspeed reaches the hosts through it (apt install pdsh)")
     per_host = max(map(len, hosts.values())) if hosts else num_procs
-    with _environment_file(run_dir, _exported(config, per_host)) as file:
+    with _environment_file(run_dir, exported(config, per_host)) as file:
         token = f"environment={file}"
 
         def send(sent: signal.Signals) -> None:
@@ -83,7 +83,7 @@ def command(arguments: list[str], num_procs: int, config: LauncherConfig) -> lis
     if settings.hostfile is None:
         where.append(f"--num_gpus={num_procs}")
     else:
-        where = [f"--hostfile={settings.hostfile}", "--launcher=pdsh", "--force_multi", *where]
+        where = [f"--hostfile={settings.hostfile}", "--launcher=pdsh", "--launcher_args=-N", "--force_multi", *where]
         where += [f"--{name}={value}" for name in ("include", "exclude") if (value := getattr(settings, name))]
         where += [f"--{name}={value}" for name in ("master_addr", "ssh_port") if (value := getattr(settings, name))]
     if settings.hostfile is not None:
@@ -96,12 +96,11 @@ def command(arguments: list[str], num_procs: int, config: LauncherConfig) -> lis
 
 def _for_remote_shell(argument: str) -> str:
     """As the shell of a host has to see it; DeepSpeed puts what holds a blank into double quotes, and nothing else."""
-    if " " in argument:
-        return re.sub(r"([\\$`])", r"\\\1", argument)
-    return shlex.quote(argument)
+    quoted = re.sub(r"([\\$`])", r"\\\1", argument) if " " in argument else shlex.quote(argument)
+    return quoted.replace("%", "%%")  # pdsh puts the host in for %h.
 
 
-def _exported(config: LauncherConfig, num_procs: int) -> dict[str, str]:
+def exported(config: LauncherConfig, num_procs: int) -> dict[str, str]:
     """The environment variables that the ranks get."""
     names = [name for name in os.environ if any(fnmatch.fnmatchcase(name, key) for key in config.deepspeed.export)]
     names = [name for name in names if name != "CUDA_VISIBLE_DEVICES"]  # DeepSpeed's, from the slots of each host

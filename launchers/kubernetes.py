@@ -140,7 +140,7 @@ def _meeting(work: Work, name: str, config: LauncherConfig) -> list[str]:
     return [
         *chosen,
         f"launcher.torchrun.endpoint={endpoint}",
-        f"launcher.torchrun.rdzv_conf.join_timeout={SECONDS_TO_MEET}",
+        *(f"launcher.torchrun.rdzv_conf.{name}_timeout={SECONDS_TO_MEET}" for name in ("join", "read")),
     ]
 
 

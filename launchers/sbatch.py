@@ -25,17 +25,19 @@ _BODY = """
 # What the first start has moved aside (train.restart=true) is not moved aside again.
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then export {restarted}=1; fi
 
+asked=
+trap 'asked=yes; kill -USR1 "$job" 2>/dev/null' USR1 TERM
 {command} "$@" &
 job=$!
-trap 'kill -USR1 "$job" 2>/dev/null' USR1 TERM
+if [ "$asked" ]; then kill -USR1 "$job"; fi  # while there was no job yet
 while kill -0 "$job" 2>/dev/null; do wait "$job"; done  # a signal interrupts the wait
 wait "$job"
 status=$?
 
-# Preempted, and neither cancelled nor requeued by anyone else.
-if [ "$status" -eq 75 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+# Preempted, be it before the job could heed a signal, and neither cancelled nor requeued by anyone else.
+case "$status" in 75 | 138 | 143)
+  if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then scontrol requeue "$SLURM_JOB_ID"; fi
+esac
 exit "$status"
 """
 

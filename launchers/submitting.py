@@ -39,9 +39,17 @@ def rendered(submission: Submission, config: LauncherConfig) -> str:
         return "\n".join(text for _, text in _scripts(submission, config))
     if config.name == "kubernetes":
         return kubernetes.manifest(submission.works, config)
+    if config.name == "local":
+        commands = [("build", submission.build)] if submission.build else []
+        commands += [("run", work) for work in submission.works]
+        return "".join(f"{shlex.join([*CROSSGUARD, name, *work.arguments])}\n" for name, work in commands)
     stages = [Stage("build", False, submission.build.arguments)] if submission.build else []
     stages += [stage for work in submission.works for stage in work.stages]
-    return "\n".join(_line(stage, config) for stage in stages) + "\n"
+    lines = [_line(stage, config) for stage in stages]
+    if config.name == "deepspeed":
+        names = ", ".join(sorted(deepspeed.exported(config, procs_per_node(config))))
+        lines.insert(0, f"# The ranks also get, through a file that only the user may read: {names}")
+    return "\n".join(lines) + "\n"
 
 
 def submit(submission: Submission, config: LauncherConfig) -> dict[str, Any]:
@@ -110,7 +118,7 @@ def _scripts(submission: Submission, config: LauncherConfig) -> list[tuple[str, 
 
 def _line(stage: Stage, config: LauncherConfig) -> str:
     """The command line of a stage."""
-    if not stage.has_ranks or config.name == "local":
+    if not stage.has_ranks:
         return shlex.join([*CROSSGUARD, stage.command, *stage.arguments])
     num_procs = procs_per_node(config)
     command = {"torchrun": torchrun.command, "deepspeed": deepspeed.command}[config.name]

@@ -76,7 +76,7 @@ def _submit(submission: Submission, job: Job) -> None:
         earlier = _read(record_file)
         if submitting.is_active(earlier):
             raise UserError(
-                f"{submission.folder.parent}: submitted before, as {_named(earlier)}; `crossguard launch cancel` ends it"
+                f"{submission.folder.parent}: in the queue as {_named(earlier)}; `crossguard launch cancel` ends it"
             )
     record = submitting.submit(submission, job.config.launcher)
     write_atomic(record_file, json.dumps(record).encode())

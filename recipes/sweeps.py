@@ -76,5 +76,5 @@ def _values(argument: str) -> list[str] | None:
 
 
 def _folder(point: list[tuple[str, str]]) -> str:
-    """The name of a job's run directory, e.g. `train.lr=1e-3,seed=1`."""
-    return re.sub(r"[^\w.,=+-]+", "_", ",".join(f"{key}={value}" for key, value in point))
+    """The name of a job's run directory, e.g. `train.lr-1e-3_seed-1`: no shell has to quote it."""
+    return "_".join(re.sub(r"[^\w.+-]+", "-", f"{key}-{value}") for key, value in point)

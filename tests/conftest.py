@@ -9,9 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from launched_job import Launched
 
 # One thread a process, as ranks have it: results then do not depend on the machine's cores. CUDA is hidden, since what
 # the tests compare was computed on CPU. The environment's programs come first: DeepSpeed builds its operator anew when
@@ -96,3 +100,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_posts.yaml").write_text(readme_block("yaml"), encoding="utf-8")
     run_command(["crossguard", "run", "recipe=my_posts.yaml", *SMALL], folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """The job that every launcher is tried with."""
+    from launched_job import Launched
+
+    return Launched(tmp_path_factory.mktemp("launched"))
