@@ -10,23 +10,20 @@ asks the ranks itself, by SIGUSR1; their status comes back as that of `deepspeed
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
-from crossguard.launchers.environment import environment_of
+from crossguard.launchers.environment import environment_file, environment_of
 from crossguard.launchers.hostfile import Slots, chosen, read_hostfile
+from crossguard.launchers.hosts_output import HostsOutput
 from crossguard.launchers.supervised import restarting, run
 
 SECONDS_TO_REACH_HOSTS = 30.0
@@ -57,21 +54,24 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
     if hosts and shutil.which("pdsh") is None:
         raise UserError("pdsh: not found; launcher=deepspeed reaches the hosts through it (apt install pdsh)")
     per_host = max(map(len, hosts.values())) if hosts else num_procs
-    with _environment_file(run_dir, exported(config, per_host)) as file:
+    with environment_file(run_dir, exported(config, per_host)) as file:
         token = f"environment={file}"
 
         def send(sent: signal.Signals) -> None:
-            line = _to_ranks(sent, token, config, hosts)
+            line = _to_ranks(sent, token, hosts)
             subprocess.run(line, env=_for_pdsh(config), stdout=subprocess.DEVNULL, timeout=SECONDS_TO_REACH_HOSTS)
 
         def start(arguments: list[str]) -> str:
-            return run(
-                command([*arguments, token], num_procs, config),
-                config,
-                ask=lambda _: send(signal.SIGUSR1),
-                kill=lambda: send(signal.SIGKILL),
-                at_death=signal.SIGTERM,  # At this it ends the ranks on all hosts.
-            )
+            with HostsOutput(run_dir / "logs" / "deepspeed.log", config.grace_seconds) as output:
+                return run(
+                    command([*arguments, token], num_procs, config),
+                    config,
+                    ask=lambda _: send(signal.SIGUSR1),
+                    kill=lambda: send(signal.SIGKILL),
+                    at_death=signal.SIGTERM,  # At this it ends the ranks on all hosts.
+                    hear=output.hear,
+                    overdue=output.overdue,
+                )
 
         restarting(start, arguments, config)
 
@@ -107,20 +107,7 @@ def exported(config: LauncherConfig, num_procs: int) -> dict[str, str]:
     return {name: os.environ[name] for name in names} | environment_of(config, num_procs)
 
 
-@contextmanager
-def _environment_file(run_dir: Path, variables: dict[str, str]) -> Iterator[Path]:
-    """A file with the variables, there as long as the ranks may start."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = run_dir.absolute() / f".environment-{secrets.token_hex(8)}.json"
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        json.dump(variables, opened)
-    try:
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _to_ranks(sent: signal.Signals, token: str, config: LauncherConfig, hosts: Slots) -> list[str]:
+def _to_ranks(sent: signal.Signals, token: str, hosts: Slots) -> list[str]:
     """The command that sends a signal to the ranks of this job, on all hosts.
 
     The command lines of `deepspeed` and of what it starts on the hosts hold the same words in another order.

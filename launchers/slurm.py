@@ -92,6 +92,6 @@ def free_port() -> int:
     raise UserError(f"no free port between {PORTS.start} and {PORTS.stop}")
 
 
-def _ask(srun: subprocess.Popen[bytes]) -> None:
+def _ask(srun: subprocess.Popen[str]) -> None:
     """srun hands this signal to all ranks; SIGTERM it would take as a wish to end them at once."""
     srun.send_signal(signal.SIGUSR1)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -34,10 +35,12 @@ def run(
     command: list[str],
     config: LauncherConfig,
     *,
-    ask: Callable[[subprocess.Popen[bytes]], None],
+    ask: Callable[[subprocess.Popen[str]], None],
     kill: Callable[[], None] = lambda: None,
     at_death: signal.Signals = signal.SIGKILL,
     environment: Mapping[str, str] | None = None,
+    hear: Callable[[str], None] | None = None,
+    overdue: Callable[[], int | None] = lambda: None,
 ) -> str:
     """Run the command to its end.
 
@@ -45,9 +48,11 @@ def run(
         command: of the other launcher.
         config: the launcher's.
         ask: asks all ranks to save and end; called once, when this process is asked to make room.
-        kill: ends what the command has started elsewhere; called when the ranks were asked and have not ended in time.
+        kill: ends what the command has started elsewhere; called when it does not end in time.
         at_death: the signal that the child gets when this process dies.
         environment: of the child, by default this process's.
+        hear: is told each line that the command says; by default it speaks on the terminal itself.
+        overdue: the status of ranks that have ended long ago where others have not; None while nothing is amiss.
 
     Returns:
         What was lost, where ranks were killed or lost contact; empty when all have done their work.
@@ -61,18 +66,29 @@ def run(
     with on_preemption(lambda _: asked.append(time.monotonic())):
         # In a session of its own: what a terminal sends to this process reaches the ranks through `ask` alone.
         child = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=functools.partial(be_told, at_death)
+            command,
+            env=environment,
+            stdout=subprocess.PIPE if hear else None,
+            stderr=subprocess.STDOUT if hear else None,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=functools.partial(be_told, at_death),
         )
+        listener = threading.Thread(target=_listen, args=(child, hear), daemon=True)
+        listener.start()
         try:
-            status = _wait(child, asked, config.grace_seconds, ask)
-            if status is None:
+            status = _wait(child, asked, config.grace_seconds, ask, overdue)
+            if child.poll() is None:
                 kill()
-                raise Preempted(
-                    f"preempted; the ranks had not ended within launcher.grace_seconds={config.grace_seconds:g}; "
-                    "start again and it goes on from the last checkpoint"
-                )
         finally:
             _end(child)
+            listener.join(SECONDS_TO_END)
+    if status is None:
+        raise Preempted(
+            f"preempted; the ranks had not ended within launcher.grace_seconds={config.grace_seconds:g}; "
+            "start again and it goes on from the last checkpoint"
+        )
     return outcome(status, asked=bool(asked))
 
 
@@ -131,10 +147,11 @@ def _signal_of(status: int) -> signal.Signals | None:
 
 
 def _wait(
-    child: subprocess.Popen[bytes],
+    child: subprocess.Popen[str],
     asked: list[float],
     grace_seconds: float,
-    ask: Callable[[subprocess.Popen[bytes]], None],
+    ask: Callable[[subprocess.Popen[str]], None],
+    overdue: Callable[[], int | None],
 ) -> int | None:
     """The exit status, or None when the ranks were asked to end and did not in time."""
     passed_on = False
@@ -147,9 +164,17 @@ def _wait(
                 passed_on = True
             if asked and time.monotonic() - asked[0] > grace_seconds + SECONDS_TO_END:
                 return None
+            if (status := overdue()) is not None:
+                return status
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _listen(child: subprocess.Popen[str], hear: Callable[[str], None] | None) -> None:
+    if hear is not None and child.stdout is not None:
+        for line in child.stdout:
+            hear(line.rstrip("\n"))
+
+
+def _end(child: subprocess.Popen[str]) -> None:
     """End the child, and all of its session, where something interrupted the waiting for it."""
     if child.poll() is not None:
         return

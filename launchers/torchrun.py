@@ -118,6 +118,6 @@ def _may_listen(host: str, port: int) -> bool:
     return False
 
 
-def _ask(agent: subprocess.Popen[bytes]) -> None:
+def _ask(agent: subprocess.Popen[str]) -> None:
     """The agent passes it on to its ranks and waits for them."""
     agent.send_signal(signal.SIGTERM)

@@ -42,7 +42,7 @@ def two_hosts() -> Iterator[list[Host]]:
         raise RuntimeError("network namespaces need root")
     installed({"ip": "iproute2"})
     mine = os.getpid()
-    hosts = [Host(f"cg{mine}-{n}", address, f"cg{n}") for n, address in enumerate(ADDRESSES)]
+    hosts = [Host(f"cg{mine}-{n}", address, "cg0") for n, address in enumerate(ADDRESSES)]
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
