@@ -18,7 +18,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
@@ -71,6 +71,9 @@ def main(argv: list[str]) -> int:
         return status_of(_statuses(failed.failures))
     except SignalException:  # The ranks were given --shutdown-timeout to save.
         return EXIT_PREEMPTED
+    except RendezvousClosedError:
+        print("crossguard: another node has ended the job", file=sys.stderr)
+        return EXIT_FAILED
     except (RendezvousError, DistError) as error:
         what = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         print(

@@ -66,7 +66,8 @@ def job_set(work: Work, config: LauncherConfig) -> dict[str, Any]:
 
 def _replicated_job(work: Work, stage: Stage, config: LauncherConfig) -> dict[str, Any]:
     nodes = config.nodes if stage.has_ranks else 1
-    name = re.sub(r"[^a-z0-9-]+", "-", stage.name.lower())
+    # With the job's name and two indices a pod's host name, of at most 63 characters.
+    name = re.sub(r"[^a-z0-9-]+", "-", stage.name.lower())[:20].strip("-")
     preempted = {
         "action": "Ignore",
         "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [EXIT_PREEMPTED]},

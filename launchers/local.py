@@ -8,7 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, JobError, Preempted, UserError
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_LOST_CONTACT,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    JobError,
+    Preempted,
+    UserError,
+)
 from crossguard.configs.preemption import SIGNALS, on_preemption
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_of
@@ -103,6 +111,8 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
     killed = {rank: signal.Signals(-status).name for rank, status in ended.items() if status < 0}
     if killed:
         return ", ".join(f"rank {rank} was ended by {_explained(name)}" for rank, name in killed.items())
+    if statuses - {0} == {EXIT_LOST_CONTACT}:
+        return "ranks lost contact with each other"
     failed = {rank: status for rank, status in ended.items() if status}
     if failed:
         what = ", ".join(f"rank {rank} ended with exit status {status}" for rank, status in failed.items())

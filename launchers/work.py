@@ -39,4 +39,4 @@ class Work:
     def name(self) -> str:
         """What schedulers call it: from the run directory, lower case, fit for a host name."""
         words = re.sub(r"[^a-z0-9]+", "-", self.run_dir.lower().removeprefix("runs/")).strip("-")
-        return f"crossguard-{words}"[:40].strip("-")
+        return f"crossguard-{words}"[:36].strip("-")

@@ -181,6 +181,10 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
         (["launcher=slrm"], "did you mean 'slurm'"),
         (["launcher=torchrun", "launcher.nodes=2"], "launcher.torchrun.endpoint: not set"),
         (["launcher=slurm"], "launcher.gpus_per_node: launcher=slurm needs it; 0 for none"),
+        (
+            ["launcher=slurm", "launcher.gpus_per_node=8", "launcher.num_procs=2"],
+            "each rank takes one",
+        ),
         (["launcher=slurm", "launcher.gpus_per_node=3"], "3 ranks do not divide it"),
         (["launcher=kubernetes", "launcher.gpus_per_node=0"], "launcher.kubernetes.image: not set"),
         (

@@ -197,7 +197,16 @@ class LauncherConfig:
             raise UserError(f"launcher.torchrun.min_nodes: above launcher.nodes={self.nodes}")
         if self.name == "deepspeed" and self.nodes > 1:
             raise UserError("launcher.nodes: under launcher=deepspeed the hostfile says how many hosts there are")
-        if self.name in ("slurm", "kubernetes") and self.num_procs is None and self.gpus_per_node is None:
-            raise UserError(f"launcher.gpus_per_node: launcher={self.name} needs it; 0 for none")
+        if self.name in ("slurm", "kubernetes"):
+            self._check_gpus()
         if self.name == "kubernetes" and not self.kubernetes.image:
             raise UserError("launcher.kubernetes.image: not set; name an image with crossguard in it")
+
+    def _check_gpus(self) -> None:
+        if self.num_procs is None and self.gpus_per_node is None:
+            raise UserError(f"launcher.gpus_per_node: launcher={self.name} needs it; 0 for none")
+        if self.gpus_per_node and self.num_procs and self.gpus_per_node != self.num_procs:
+            raise UserError(
+                f"launcher.gpus_per_node={self.gpus_per_node}: each rank takes one, and launcher.num_procs, perhaps the"
+                f" recipe's, is {self.num_procs}; make them equal"
+            )
