@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from build_job import build, files_of, make_config, make_posts, write_lines
 from conftest import run_command
+from executor_tasks import die, fail, square
 from launched_job import HERE, Launched, job, losses, wait_for
 from slurm_cluster import slurm_cluster
 from waiting_loss import wait_in
+
+from crossguard.configs.errors import JobError, UserError
+from crossguard.data.shards import slurm_array
+from crossguard.data.shards.slurm_array import SlurmArray
 
 pytestmark = pytest.mark.slurm
 SETTINGS = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=0", "launcher.slurm.partition=main"]
@@ -93,6 +99,26 @@ def test_an_unknown_partition_is_one_line(cluster: Cluster) -> None:
     done = run_command(line, HERE, status=2)
     expected = "launcher.slurm.partition=mian: SLURM has no such partition; did you mean 'main'?"
     assert done.stderr == f"crossguard: {expected}\n"
+
+
+def test_a_job_array_builds_what_processes_build(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+    posts = write_lines(tmp_path / "posts.jsonl", make_posts(40))
+    whole = build(make_config(posts, samples_per_shard=8), tmp_path / "whole")
+    settings = {"samples_per_shard": 8, "num_workers": 2, "executor": "slurm", "slurm_options": ["--partition=main"]}
+    assert build(make_config(posts, **settings), tmp_path / "array") == whole
+    assert files_of(tmp_path / "array/shards") == files_of(tmp_path / "whole/shards")
+    with pytest.raises(UserError, match="^1 is wrong$"):
+        list(SlurmArray(1, []).run(fail, [1, 1]))
+    monkeypatch.setattr(slurm_array, "SECONDS_TO_SEE", 1)
+    with pytest.raises(JobError, match="a worker process was killed"):
+        list(SlurmArray(2, []).run(die, [1, 2]))
+    with pytest.raises(UserError, match="^build.executor=slurm: sbatch: error: invalid partition"):
+        list(SlurmArray(1, ["--partition=mian"]).run(square, [1]))
+    assert not list(tmp_path.glob(".build-array-*"))
 
 
 @pytest.mark.launchers
