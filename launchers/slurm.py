@@ -1,6 +1,6 @@
 """Ranks in a SLURM allocation: one `srun` starts them on all nodes, each a task.
 
-Raises a request to stop on all of them (srun passes SIGUSR1 on), and ends a step whose first rank has ended long ago.
+srun passes a request to stop on to all of them, and ends those that are left long after the first has ended.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def command(arguments: list[str], num_procs: int, config: LauncherConfig) -> lis
 def _variables(num_procs: int, config: LauncherConfig) -> dict[str, str]:
     """What the ranks get, beside the environment of the job: srun is started on the node of rank 0."""
     variables = environment_of(config, num_procs)
-    if config.slurm.cpus_per_task and not config.threads_per_proc:
-        variables["OMP_NUM_THREADS"] = str(config.slurm.cpus_per_task)
+    if not config.threads_per_proc and "OMP_NUM_THREADS" not in config.environment:
+        # SLURM may have given the job some of the node's cores alone.
+        cores = config.slurm.cpus_per_task or int(os.environ.get("SLURM_CPUS_ON_NODE", num_procs)) // num_procs
+        variables["OMP_NUM_THREADS"] = str(max(1, cores))
     place = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(free_port())}
     return variables | place | {"LOCAL_WORLD_SIZE": str(num_procs)}
 

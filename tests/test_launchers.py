@@ -94,6 +94,7 @@ def test_torchrun_on_two_hosts(hosts: list[Host], folder: Path, expected: list[f
     assert losses(folder, "torchrun") == expected
 
 
+@pytest.mark.launchers
 def test_deepspeed_over_ssh(
     hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,19 @@ def test_deepspeed_is_stopped_and_goes_on(
     assert process.wait(120) == 0, text.read_text()
     assert f"going on after step {stopped_at}" in text.read_text()
     assert losses(folder, "stopped") == expected
+
+
+@pytest.mark.launchers
+def test_torchrun_is_stopped_on_one_host_and_goes_on(hosts: list[Host], folder: Path, expected: list[float]) -> None:
+    waiting = wait_in(folder / "torchrun-waits", 1)
+    processes = torchrun(hosts, folder, "torchrun-stopped", waiting)
+    text = said(folder, "torchrun-stopped", 0)
+    wait_for((folder / "torchrun-waits" / "waiting-0").exists, text.read_text)
+    processes[0].send_signal(signal.SIGTERM)
+    assert ended(folder, "torchrun-stopped", processes) == [EXIT_PREEMPTED, EXIT_PREEMPTED], text.read_text()
+    assert ended(folder, "torchrun-stopped", torchrun(hosts, folder, "torchrun-stopped", waiting)) == [0, 0]
+    assert "train: going on after step" in text.read_text()
+    assert losses(folder, "torchrun-stopped") == expected
 
 
 @pytest.mark.launchers

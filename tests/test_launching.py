@@ -150,7 +150,7 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
         *("launcher=kubernetes", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.kubernetes.image=us/it:1"),
         *(f"launcher.kubernetes.volumes={{{folder}: claim}}", "launcher.kubernetes.namespace=training"),
         *("launcher.kubernetes.secrets={WANDB_API_KEY: wandb/api-key}", "launcher.grace_seconds=200"),
-        *("launcher.kubernetes.resources={memory: 64Gi}", "launcher.environment.NCCL_DEBUG=INFO"),
+        *("launcher.kubernetes.resources={memory: 64Gi, cpu: '32'}", "launcher.environment.NCCL_DEBUG=INFO"),
     ]
     job_set = yaml.safe_load(printed(capsys, *arguments, *settings))
     checked = models.JobsetV1alpha2JobSet.from_dict(job_set)
@@ -162,14 +162,14 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
     pod = jobs[1]["template"]["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > 200
     container = pod["containers"][0]
-    assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "4"}
+    assert container["resources"]["limits"] == {"memory": "64Gi", "cpu": "32", "nvidia.com/gpu": "4"}
     reference = {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
     assert {"name": "WANDB_API_KEY", "valueFrom": reference} in container["env"]
     # The pods compose what they are told to.
     command = container["command"]
     assert command[:2] == ["crossguard", "train"]
     launcher = compose(command[2:]).launcher
-    assert (launcher.name, launcher.nodes, launcher.num_procs) == ("torchrun", 2, 4)
+    assert (launcher.name, launcher.nodes, launcher.num_procs, launcher.threads_per_proc) == ("torchrun", 2, 4, 8)
     name = job_set["metadata"]["name"]
     assert launcher.torchrun.endpoint == f"{name}-train-0-0.{name}:29400"
 

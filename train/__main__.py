@@ -1,6 +1,7 @@
 """The one entry for ranks: `torchrun … -m crossguard.train [stage=train|evaluate] recipe=NAME run_dir=DIR key=value …`.
 
-The configuration is known to be right before anything heavy is imported.
+The configuration is known to be right before anything heavy is imported. `environment=FILE` names environment variables
+that the launcher of another machine hands over.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def check_same_code(ranks: Ranks) -> None:
     """
     if ranks.world_size == 1:
         return
-    machine_of = {code: machine for machine, code in reversed(ranks.gather((socket.gethostname(), code_version())))}
+    machine_of: dict[str, str] = {}
+    for machine, code in ranks.gather((socket.gethostname(), code_version())):
+        machine_of.setdefault(code, machine)
     if len(machine_of) > 1:
         found = "; ".join(f"{machine} has {code}" for code, machine in machine_of.items())
         raise UserError(f"the ranks run different code: {found}; install the same on all machines")
