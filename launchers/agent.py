@@ -25,7 +25,7 @@ from torch.distributed.run import parse_args, run
 from crossguard.configs.errors import EXIT_FAILED, EXIT_LOST_CONTACT, EXIT_PREEMPTED, EXIT_USER_ERROR
 from crossguard.configs.preemption import SIGNALS
 from crossguard.configs.restarted import RESTARTED
-from crossguard.launchers.torchrun import AGENT_LOG
+from crossguard.launchers.torchrun import AGENT_LOG, CPP_LOG_LEVEL
 
 
 class Agent(LocalElasticAgent):
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     """Run torchrun's agent; returns the exit status."""
     if file := os.environ.pop(AGENT_LOG, None):
         _log_to(file)
+        os.environ.pop(CPP_LOG_LEVEL, None)  # read when torch was imported; not meant for the ranks
     # The one place where torch names the class of its agent.
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
@@ -92,7 +93,7 @@ def _statuses(failures: dict[int, Any]) -> set[int]:
 def _log_to(file: str) -> None:
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("torch")
+    logger = logging.getLogger("torch.distributed")
     logger.handlers, logger.propagate = [handler], False
 
 

@@ -32,5 +32,6 @@ def output(line: list[str], given: str | None = None, *, wrong: type[JobError] |
         done = subprocess.run(line, input=given, capture_output=True, text=True, check=True)
     except subprocess.CalledProcessError as failed:
         said = (failed.stderr or failed.stdout).strip().splitlines()
-        raise wrong(f"{line[0]}: {said[0] if said else f'exit status {failed.returncode}'}") from None
+        first = said[0].removeprefix(f"{line[0]}: ") if said else f"exit status {failed.returncode}"
+        raise wrong(f"{line[0]}: {first}") from None
     return done.stdout.strip()

@@ -20,6 +20,8 @@ from crossguard.launchers.supervised import run
 
 # The environment variable that names the file for torch's own messages; without it they go to the terminal.
 AGENT_LOG = "CROSSGUARD_AGENT_LOG"
+# Agents that end one after the other would otherwise tell of lost connections, with stacks, as warnings.
+CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 # How long a node waits for the endpoint's, as torchrun waits for nodes that are missing.
 SECONDS_TO_MEET = 600
@@ -37,7 +39,8 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
     _check_port(config)
     log = run_dir / "logs" / f"agent-{socket.gethostname()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | environment_of(config, num_procs) | {AGENT_LOG: str(log)}
+    quiet = {AGENT_LOG: str(log), CPP_LOG_LEVEL: "ERROR"}
+    environment = os.environ | environment_of(config, num_procs) | quiet
     if lost := run(command(arguments, num_procs, config), config, ask=_ask, environment=environment):
         raise JobError(f"{lost}; see logs/ in the run directory; start again, or set launcher.max_restarts")
 

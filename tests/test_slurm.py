@@ -157,7 +157,7 @@ def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
 def test_a_sweep_is_an_array_on_shards_that_are_built_once(cluster: Cluster) -> None:
     line = ["crossguard", "launch", "--multirun", *job(cluster.folder, "sweep", "launcher=slurm")]
     line = [word for word in line if not word.startswith("data.shards=")]
-    line += ["launcher.num_procs=1", "launcher.slurm.cpus_per_task=1", "train.lr=1e-2,1e-3"]
+    line += ["launcher.gpus_per_node=0", "launcher.slurm.cpus_per_task=1", "train.lr=1e-2,1e-3"]
     run_command(line, HERE)
     folder = cluster.folder / "sweep"
     build, array = json.loads((folder / "launch" / "submitted.json").read_text())["jobs"]
