@@ -27,9 +27,12 @@ def output(line: list[str], given: str | None = None, *, wrong: type[JobError] |
 
     Raises:
         JobError, UserError: it failed; with the first line that it said.
+        UserError: there is no such program here.
     """
     try:
         done = subprocess.run(line, input=given, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise UserError(f"{line[0]}: not found; ask from a machine of the cluster") from None
     except subprocess.CalledProcessError as failed:
         said = (failed.stderr or failed.stdout).strip().splitlines()
         first = said[0].removeprefix(f"{line[0]}: ") if said else f"exit status {failed.returncode}"

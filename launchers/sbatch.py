@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 
-from crossguard.configs.errors import UserError
+from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.restarted import RESTARTED
 from crossguard.configs.schema import LauncherConfig
 from crossguard.configs.suggest import did_you_mean
@@ -113,9 +113,11 @@ def submit(text: str, config: LauncherConfig, *, after: str | None = None) -> st
 def is_active(job: str) -> bool:
     """Whether a job, or any of an array, waits or runs."""
     try:
-        return bool(output(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], wrong=UserError))
-    except UserError:  # SLURM has forgotten it.
-        return False
+        return bool(output(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]))
+    except JobError as error:
+        if "Invalid job id" in str(error):  # SLURM has forgotten it.
+            return False
+        raise
 
 
 def status(job: str) -> str:

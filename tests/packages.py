@@ -22,13 +22,23 @@ def installed(programs: dict[str, str]) -> None:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise RuntimeError(f"needs {', '.join(missing)} (Debian packages), or root to install them")
+    options = ["--yes", "--quiet", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=15"]
+    install = ["install", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120", *missing]
+    if _apt(*options, *install) != "":
+        _apt(*options, "update")
+        if reason := _apt(*options, *install):
+            raise RuntimeError(f"{', '.join(missing)} cannot be installed: {reason}")
+
+
+def _apt(*words: str) -> str:
+    """Run apt-get; says why it failed, or nothing."""
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    line = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
-    for attempt in (line, ["apt-get", "update", "--quiet"], line):
-        done = subprocess.run(attempt, env=quiet, capture_output=True, text=True, timeout=240, check=False)
-        if attempt is line and done.returncode == 0:
-            return
-    raise RuntimeError(f"{', '.join(missing)} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+    try:
+        done = subprocess.run(["apt-get", *words], env=quiet, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "apt-get does not end"
+    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return said[-1] if done.returncode else ""
 
 
 def _in_path(folder: str) -> bool:

@@ -209,8 +209,14 @@ def test_without_the_scheduler_s_programs(arguments: list[str], monkeypatch: pyt
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch: not found; submit from a machine of the cluster"):
         launch([*arguments, "launcher=slurm", "launcher.gpus_per_node=0"])
+    record = Path("elsewhere") / "launch" / "submitted.json"
     with pytest.raises(UserError, match="was this job submitted"):
         launch(["status", "run_dir=elsewhere"])
+    record.parent.mkdir(parents=True)
+    for launcher, program in (("slurm", "squeue"), ("kubernetes", "kubectl")):
+        record.write_text(json.dumps({"launcher": launcher, "jobs": ["7"], "namespace": None}))
+        with pytest.raises(UserError, match=f"^{program}: not found"):
+            launch(["status", "run_dir=elsewhere"])
     with pytest.raises(UserError, match="did you mean 'status'"):
         launch(["statsu", "run_dir=elsewhere"])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +58,11 @@ def two_hosts() -> Iterator[list[Host]]:
         yield hosts
     finally:
         for host in hosts:
+            # What a failed test has left running there.
+            left = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=False)
+            for process in left.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
 
 

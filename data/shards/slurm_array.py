@@ -97,8 +97,10 @@ def _as_they_come(folder: Path, count: int, job: str) -> Iterator[int]:
 
 
 def _is_active(job: str) -> bool:
+    """Whether jobs of the array wait or run; also where SLURM does not answer for a moment."""
     line = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    return bool(subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip())
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    return bool(done.stdout.strip()) if done.returncode == 0 else "Invalid job id" not in done.stderr
 
 
 def _work(folder: Path, index: int) -> None:
