@@ -5,8 +5,10 @@ from __future__ import annotations
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
-# Of a rank alone, for its launcher: another rank is gone, which is no fault of this one.
-EXIT_LOST_CONTACT = 76
+# Of a rank alone: it tells the launcher to start the ranks again.
+EXIT_OUT_OF_MEMORY = 76
+# Of a rank alone: another one is gone, which is no fault of this one.
+EXIT_LOST_CONTACT = 77
 
 
 class CrossguardError(Exception):

@@ -1,7 +1,7 @@
 """torchrun with the exit status of its ranks: `python -m crossguard.launchers.agent`, with torchrun's own arguments.
 
 torchrun ends with 1 whatever its ranks ended with, and starts them again after any error. Here the status is that of
-the ranks, 75 after a signal, and they start again only where one was lost (`needs_restart`): what a rank has found
+the ranks, 75 after a signal, and they start again only where one was killed, hung or lost contact: what a rank has found
 wrong is wrong the next time as well.
 """
 
@@ -22,7 +22,13 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from crossguard.configs.errors import EXIT_FAILED, EXIT_LOST_CONTACT, EXIT_PREEMPTED, EXIT_USER_ERROR
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_LOST_CONTACT,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+)
 from crossguard.configs.preemption import SIGNALS
 from crossguard.configs.restarted import RESTARTED
 from crossguard.launchers.torchrun import AGENT_LOG, CPP_LOG_LEVEL
@@ -33,18 +39,17 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.FAILED and not needs_restart(_statuses(result.failures)):
-            self._remaining_restarts = 0
+        if result.state == WorkerState.FAILED:
+            status = status_of(_statuses(result.failures))
+            if status in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_PREEMPTED):
+                self._remaining_restarts = 0
+            elif status == EXIT_OUT_OF_MEMORY:  # Not counted: the next start takes fewer posts at once.
+                self._remaining_restarts += 1
         return result
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         os.environ[RESTARTED] = "1"
         super()._restart_workers(worker_group)
-
-
-def needs_restart(statuses: set[int]) -> bool:
-    """Whether ranks that ended so are worth another start: one was killed or hung, or lost contact with another."""
-    return status_of(statuses) not in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_PREEMPTED)
 
 
 def status_of(statuses: set[int]) -> int:
@@ -53,6 +58,8 @@ def status_of(statuses: set[int]) -> int:
         return EXIT_USER_ERROR
     if statuses & {EXIT_PREEMPTED, *(-name for name in SIGNALS)}:
         return EXIT_PREEMPTED
+    if EXIT_OUT_OF_MEMORY in statuses:
+        return EXIT_OUT_OF_MEMORY
     killed = [status for status in statuses if status < 0]
     if killed:
         return 128 - min(killed)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from crossguard.configs.errors import (
     EXIT_FAILED,
     EXIT_LOST_CONTACT,
+    EXIT_OUT_OF_MEMORY,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     JobError,
@@ -29,6 +30,7 @@ from crossguard.configs.schema import LauncherConfig
 
 # Beyond `launcher.grace_seconds`: for what the other launcher itself does when its ranks have ended.
 SECONDS_TO_END = 10.0
+OUT_OF_MEMORY = "a rank was out of memory"
 
 
 def run(
@@ -105,13 +107,17 @@ def restarting(start: Callable[[list[str]], str], arguments: list[str], config: 
     """
     restarts = 0
     while lost := start(arguments):
-        if restarts == config.max_restarts:
+        if lost == OUT_OF_MEMORY:  # Not counted: the next start takes fewer posts at once.
+            again = "starting again"
+        elif restarts == config.max_restarts:
             tried = f" (after {restarts} restarts)" if restarts else ""
             raise JobError(f"{lost}{tried}; see logs/ in the run directory; start again, or set launcher.max_restarts")
-        restarts += 1
+        else:
+            restarts += 1
+            again = f"restart {restarts} of {config.max_restarts}"
         # The checkpoints of the first start are not to be moved aside, whoever asked for that; the last word counts.
         arguments = [*arguments, "train.restart=false"]
-        print(f"crossguard: {lost}; restart {restarts} of {config.max_restarts}", file=sys.stderr, flush=True)
+        print(f"crossguard: {lost}; {again}", file=sys.stderr, flush=True)
 
 
 def outcome(status: int, *, asked: bool) -> str:
@@ -126,6 +132,8 @@ def outcome(status: int, *, asked: bool) -> str:
         return ""
     if sent is not None:
         return f"a rank was ended by {explained(sent.name)}"
+    if status == EXIT_OUT_OF_MEMORY:
+        return OUT_OF_MEMORY
     if status == EXIT_LOST_CONTACT:
         return "ranks lost contact with each other"
     raise JobError(f"the ranks ended with exit status {status}; see logs/ in the run directory")

@@ -176,10 +176,11 @@ def test_torchrun_goes_on_without_a_host_that_died(hosts: list[Host], folder: Pa
     processes = torchrun(hosts, folder, "elastic", *settings)
     text, metrics = said(folder, "elastic", 0), folder / "elastic" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 20, text.read_text)
-    # The second host dies: what was started there, its agent and its rank, none of which says goodbye.
-    second = psutil.Process(processes[1].pid)
-    for process in [second, *second.children(recursive=True)]:
-        process.kill()
+    # The second host dies: what was started there, and with it its agent and its rank, none of which says goodbye.
+    there = psutil.Process(processes[1].pid).children(recursive=True)
+    assert len(there) >= 2
+    processes[1].kill()
+    assert psutil.wait_procs(there, timeout=10)[1] == []
     wait_for(lambda: processes[0].poll() is not None, text.read_text, 140)
     assert processes[0].returncode == 0, text.read_text()
     assert "train: going on after step" in text.read_text()

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from crossguard.configs.compose import compose
 from crossguard.configs.errors import (
     EXIT_FAILED,
     EXIT_LOST_CONTACT,
+    EXIT_OUT_OF_MEMORY,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     CrossguardError,
@@ -30,7 +32,7 @@ from crossguard.configs.schema import LauncherConfig
 from crossguard.configs.schema.launcher import DeepspeedConfig, TorchrunConfig
 from crossguard.launchers import slurm, torchrun, world_sizes
 from crossguard.launchers.hostfile import chosen, read_hostfile
-from crossguard.launchers.supervised import outcome
+from crossguard.launchers.supervised import OUT_OF_MEMORY, outcome, restarting
 from crossguard.recipes.launching import launch
 from crossguard.recipes.sweeps import sweep
 
@@ -285,6 +287,7 @@ def test_a_sweep_has_a_run_directory_for_each_job(arguments: list[str]) -> None:
         (256 - signal.SIGKILL, False, "a rank was ended by SIGKILL (is memory short?)"),
         (128 + signal.SIGTERM, False, Preempted),
         (EXIT_LOST_CONTACT, False, "ranks lost contact with each other"),
+        (EXIT_OUT_OF_MEMORY, False, OUT_OF_MEMORY),
     ],
 )
 def test_what_another_launcher_s_status_means(status: int, asked: bool, expected: str | type[CrossguardError]) -> None:
@@ -295,21 +298,42 @@ def test_what_another_launcher_s_status_means(status: int, asked: bool, expected
             outcome(status, asked=asked)
 
 
-def test_only_lost_ranks_are_started_again() -> None:
+def test_ranks_are_started_again_as_often_as_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    starts: list[list[str]] = []
+    became = iter([OUT_OF_MEMORY, "lost", OUT_OF_MEMORY, "lost again"])
+
+    def start(arguments: list[str]) -> str:
+        starts.append(arguments)
+        return next(became)
+
+    with pytest.raises(JobError, match=r"lost again \(after 1 restarts\)"):
+        restarting(start, ["stage=train", "train.restart=true"], LauncherConfig(max_restarts=1))
+    assert "crossguard: lost; restart 1 of 1\n" in capsys.readouterr().err
+    assert ["train.restart=false" in arguments for arguments in starts] == [False, True, True, True]
+
+
+def test_only_lost_ranks_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = pytest.importorskip("crossguard.launchers.agent")
     assert agent.status_of({EXIT_USER_ERROR, -signal.SIGKILL}) == EXIT_USER_ERROR
     assert agent.status_of({EXIT_PREEMPTED, EXIT_FAILED}) == EXIT_PREEMPTED
     assert agent.status_of({-signal.SIGKILL, EXIT_LOST_CONTACT}) == 128 + signal.SIGKILL
-    for statuses, again in [
-        ({EXIT_FAILED}, False),
-        ({EXIT_USER_ERROR}, False),
-        ({EXIT_PREEMPTED}, False),
-        ({EXIT_LOST_CONTACT}, True),
-        ({-signal.SIGKILL}, True),
-        ({-signal.SIGALRM, EXIT_LOST_CONTACT}, True),
-        ({EXIT_FAILED, EXIT_LOST_CONTACT}, False),
+    assert agent.status_of({EXIT_OUT_OF_MEMORY, EXIT_LOST_CONTACT}) == EXIT_OUT_OF_MEMORY
+    assert agent.status_of({EXIT_FAILED, EXIT_LOST_CONTACT}) == EXIT_FAILED
+    assert agent.status_of({EXIT_LOST_CONTACT}) == EXIT_LOST_CONTACT
+    watching = agent.Agent.__new__(agent.Agent)
+    for status, left in [
+        (EXIT_FAILED, 0),
+        (EXIT_USER_ERROR, 0),
+        (EXIT_PREEMPTED, 0),
+        (EXIT_OUT_OF_MEMORY, 4),
+        (EXIT_LOST_CONTACT, 3),
+        (-signal.SIGKILL, 3),
     ]:
-        assert agent.needs_restart(statuses) == again, statuses
+        result = agent.RunResult(agent.WorkerState.FAILED, failures={0: SimpleNamespace(exitcode=status)})
+        monkeypatch.setattr(agent.LocalElasticAgent, "_monitor_workers", lambda self, group, result=result: result)
+        watching._remaining_restarts = 3
+        watching._monitor_workers(None)
+        assert watching._remaining_restarts == left, status
 
 
 def test_a_port_in_use_is_named() -> None:
