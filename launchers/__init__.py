@@ -52,7 +52,7 @@ def launch(arguments: list[str], config: LauncherConfig, shared_out: int, run_di
     elif config.name == "deepspeed":
         deepspeed.launch(arguments, num_procs, config, run_dir)
     elif config.name == "slurm" and "SLURM_JOB_ID" in os.environ:
-        slurm.launch(arguments, num_procs, config)
+        slurm.launch(arguments, num_procs, config, run_dir)
     else:
         raise UserError(
             f"launcher={config.name}: is submitted as a whole; use `crossguard launch` with these arguments"

@@ -1,8 +1,8 @@
 """torchrun with the exit status of its ranks: `python -m crossguard.launchers.agent`, with torchrun's own arguments.
 
 torchrun ends with 1 whatever its ranks ended with, and starts them again after any error. Here the status is that of
-the ranks, 75 after a signal, and they start again only where one was killed, hung or lost contact: what a rank has found
-wrong is wrong the next time as well.
+the ranks, 75 after a signal, and they start again only where one was killed, hung, lost contact or ran out of memory:
+what a rank has found wrong is wrong the next time as well.
 """
 
 from __future__ import annotations

@@ -23,10 +23,13 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_file, environment_of
 from crossguard.launchers.hostfile import Slots, chosen, read_hostfile
-from crossguard.launchers.hosts_output import HostsOutput
+from crossguard.launchers.launcher_output import LauncherOutput
 from crossguard.launchers.supervised import restarting, run
 
 SECONDS_TO_REACH_HOSTS = 30.0
+# Lines of DeepSpeed itself, and that of pdsh where a host has ended.
+OWN = r"\[\d{4}-\d\d-\d\d \S+ \[[A-Z]+\]"
+ENDED = r"pdsh@\S+: \S+: ssh exited with exit code (\d+)"
 
 
 def hosts_of(config: LauncherConfig) -> Slots:
@@ -62,11 +65,12 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
             subprocess.run(line, env=_for_pdsh(config), stdout=subprocess.DEVNULL, timeout=SECONDS_TO_REACH_HOSTS)
 
         def start(arguments: list[str]) -> str:
-            with HostsOutput(run_dir / "logs" / "deepspeed.log", config.grace_seconds) as output:
+            with LauncherOutput(run_dir / "logs" / "deepspeed.log", OWN, ENDED, config.grace_seconds) as output:
                 return run(
                     command([*arguments, token], num_procs, config),
                     config,
                     ask=lambda _: send(signal.SIGUSR1),
+                    ask_again=True,  # Ranks that are not there yet do not hear it.
                     kill=lambda: send(signal.SIGKILL),
                     at_death=signal.SIGTERM,  # At this it ends the ranks on all hosts.
                     hear=output.hear,

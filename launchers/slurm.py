@@ -1,6 +1,6 @@
 """Ranks in a SLURM allocation: one `srun` starts them on all nodes, each a task.
 
-srun passes a request to stop on to all of them, and ends those that are left long after the first has ended.
+srun passes a request to stop on to all of them. Its own status is the highest of theirs, which need not be the first.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_of
+from crossguard.launchers.launcher_output import LauncherOutput
 from crossguard.launchers.supervised import restarting, run
 
 # Ports below those that the kernel gives to clients: what is free now will be free when rank 0 has started.
 PORTS = range(15000, 32000)
 # Where one rank has ended the others end by themselves, the first one after it has handed its figures over. Ranks that
-# wait for a lost one on GPUs would not.
+# wait for a lost one on GPUs would not: SLURM ends them.
 SECONDS_AFTER_THE_FIRST = 180
+# Lines of SLURM itself, and those where ranks have ended.
+OWN = r"(srun|slurmstepd\S*): "
+ENDED = r"srun: error: \S+: tasks? \S+: Exited with exit code (\d+)"
 
 
-def launch(arguments: list[str], num_procs: int, config: LauncherConfig) -> None:
+def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir: Path) -> None:
     """Run `python -m crossguard.train ARGUMENTS` on the ranks of all nodes of this allocation and wait for the end.
 
     Raises:
@@ -41,13 +46,17 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig) -> None
         )
 
     def start(arguments: list[str]) -> str:
-        return run(
-            command(arguments, num_procs, config),
-            config,
-            ask=_ask,
-            at_death=signal.SIGTERM,
-            environment=os.environ | _variables(num_procs, config),
-        )
+        with LauncherOutput(run_dir / "logs" / "srun.log", OWN, ENDED, config.grace_seconds) as output:
+            return run(
+                command(arguments, num_procs, config),
+                config,
+                ask=_ask,
+                ask_again=True,  # Ranks that are not there yet do not hear it.
+                at_death=signal.SIGTERM,
+                environment=os.environ | _variables(num_procs, config),
+                hear=output.hear,
+                overdue=output.overdue,
+            )
 
     restarting(start, arguments, config)
 

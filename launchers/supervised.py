@@ -30,6 +30,7 @@ from crossguard.configs.schema import LauncherConfig
 
 # Beyond `launcher.grace_seconds`: for what the other launcher itself does when its ranks have ended.
 SECONDS_TO_END = 10.0
+SECONDS_BETWEEN_ASKING = 5.0
 OUT_OF_MEMORY = "a rank was out of memory"
 
 
@@ -38,6 +39,7 @@ def run(
     config: LauncherConfig,
     *,
     ask: Callable[[subprocess.Popen[str]], None],
+    ask_again: bool = False,
     kill: Callable[[], None] = lambda: None,
     at_death: signal.Signals = signal.SIGKILL,
     environment: Mapping[str, str] | None = None,
@@ -49,7 +51,8 @@ def run(
     Args:
         command: of the other launcher.
         config: the launcher's.
-        ask: asks all ranks to save and end; called once, when this process is asked to make room.
+        ask: asks all ranks to save and end; called when this process is asked to make room.
+        ask_again: ask every few seconds until they have ended.
         kill: ends what the command has started elsewhere; called when it does not end in time.
         at_death: the signal that the child gets when this process dies.
         environment: of the child, by default this process's.
@@ -80,7 +83,7 @@ def run(
         listener = threading.Thread(target=_listen, args=(child, hear), daemon=True)
         listener.start()
         try:
-            status = _wait(child, asked, config.grace_seconds, ask, overdue)
+            status = _wait(child, asked, config.grace_seconds, _asking(child, ask, ask_again), overdue)
             if child.poll() is None:
                 kill()
         finally:
@@ -158,22 +161,34 @@ def _wait(
     child: subprocess.Popen[str],
     asked: list[float],
     grace_seconds: float,
-    ask: Callable[[subprocess.Popen[str]], None],
+    ask: Callable[[], None],
     overdue: Callable[[], int | None],
 ) -> int | None:
     """The exit status, or None when the ranks were asked to end and did not in time."""
-    passed_on = False
     while True:
         try:
             return child.wait(0.2)
         except subprocess.TimeoutExpired:
-            if asked and not passed_on:
-                ask(child)
-                passed_on = True
+            if asked:
+                ask()
             if asked and time.monotonic() - asked[0] > grace_seconds + SECONDS_TO_END:
                 return None
             if (status := overdue()) is not None:
                 return status
+
+
+def _asking(
+    child: subprocess.Popen[str], ask: Callable[[subprocess.Popen[str]], None], again: bool
+) -> Callable[[], None]:
+    """What asks when it is first called, and later where the last time is long enough ago."""
+    last: list[float] = []
+
+    def ask_now_and_then() -> None:
+        if not last or (again and time.monotonic() - last[-1] > SECONDS_BETWEEN_ASKING):
+            ask(child)
+            last.append(time.monotonic())
+
+    return ask_now_and_then
 
 
 def _listen(child: subprocess.Popen[str], hear: Callable[[str], None] | None) -> None:

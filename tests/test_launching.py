@@ -30,8 +30,9 @@ from crossguard.configs.errors import (
 )
 from crossguard.configs.schema import LauncherConfig
 from crossguard.configs.schema.launcher import DeepspeedConfig, TorchrunConfig
-from crossguard.launchers import slurm, torchrun, world_sizes
+from crossguard.launchers import deepspeed, slurm, torchrun, world_sizes
 from crossguard.launchers.hostfile import chosen, read_hostfile
+from crossguard.launchers.launcher_output import LauncherOutput
 from crossguard.launchers.supervised import OUT_OF_MEMORY, outcome, restarting
 from crossguard.recipes.launching import launch
 from crossguard.recipes.sweeps import sweep
@@ -348,3 +349,24 @@ def test_a_port_in_use_is_named() -> None:
     torchrun._check_port(config)
     # That of another machine is not looked at here.
     torchrun._check_port(LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint="192.0.2.77:1")))
+
+
+def test_what_srun_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LauncherOutput(tmp_path / "logs" / "srun.log", slurm.OWN, slurm.ENDED, grace_seconds=0) as output:
+        output.hear("train: 6/6 steps")
+        assert output.overdue() is None
+        output.hear("srun: error: n2: task 1: Exited with exit code 75")
+        output.hear("srun: error: n1: task 0: Exited with exit code 2")
+    assert capsys.readouterr().err == "train: 6/6 steps\n"
+    assert output.overdue() == EXIT_PREEMPTED
+    assert len((tmp_path / "logs" / "srun.log").read_text().splitlines()) == 2
+
+
+def test_what_deepspeed_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LauncherOutput(tmp_path / "log", deepspeed.OWN, deepspeed.ENDED, grace_seconds=0) as output:
+        output.hear("[2026-11-22 07:46:28,570] [ERROR] [launch.py:259:sigkill_handler] exits with return code = 2")
+        output.hear("pdsh@vm: 10.77.0.2: ssh exited with exit code 2")
+        output.hear("crossguard: rank 1: wrong")
+    assert capsys.readouterr().err == "crossguard: rank 1: wrong\n"
+    assert output.overdue() is None  # Others may still be on their way.
+    assert len((tmp_path / "log").read_text().splitlines()) == 2

@@ -1,4 +1,4 @@
-"""What DeepSpeed's launcher says: its own messages go to a log, the ranks' to the terminal; which hosts have ended."""
+"""What another launcher says: its own messages go to a log, the ranks' to the terminal; how the first of them ended."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from types import TracebackType
 
 from crossguard.configs.errors import EXIT_PREEMPTED
 
-# How long ranks of other hosts may take to end where those of one have failed: some cannot know and would wait.
+# How long ranks may take to end where others have failed: some cannot know and would wait.
 SECONDS_AFTER_A_FAILURE = 30.0
-_ENDED = re.compile(r"pdsh@\S+: \S+: ssh exited with exit code (\d+)")
-_OWN = re.compile(r"\[\d{4}-\d\d-\d\d \S+ \[[A-Z]+\]")
 
 
-class HostsOutput:
-    """Sorts the lines of `deepspeed`."""
+class LauncherOutput:
+    """Sorts the lines of a launcher.
 
-    def __init__(self, log: Path, grace_seconds: float):
+    Args:
+        log: file for its own messages.
+        own: how they begin.
+        ended: those that say with which exit status (group 1) ranks somewhere have ended.
+        grace_seconds: how long the others may take after ranks that have saved and ended.
+    """
+
+    def __init__(self, log: Path, own: str, ended: str, grace_seconds: float):
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("a", buffering=1)
+        self._own, self._ended = re.compile(own), re.compile(ended)
         self._grace_seconds = grace_seconds
         self._first: tuple[int, float] | None = None
 
-    def __enter__(self) -> HostsOutput:
+    def __enter__(self) -> LauncherOutput:
         return self
 
     def __exit__(
@@ -35,16 +41,16 @@ class HostsOutput:
 
     def hear(self, line: str) -> None:
         """Take a line."""
-        ended = _ENDED.match(line)
+        ended = self._ended.match(line)
         if ended and self._first is None:
             self._first = int(ended.group(1)), time.monotonic()
-        if ended or _OWN.match(line):
+        if ended or self._own.match(line):
             print(line, file=self._log)
         else:
             print(line, file=sys.stderr, flush=True)
 
     def overdue(self) -> int | None:
-        """The exit status of the host that failed first, when the others have had time enough since."""
+        """The exit status of those that failed first, when the others have had time enough since."""
         if self._first is None:
             return None
         status, at = self._first
