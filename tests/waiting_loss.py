@@ -1,4 +1,4 @@
-"""A loss that waits in the middle of training until the rank is asked to stop, as often as a folder says.
+"""A loss that waits in the first step until the rank is asked to stop, as often as a folder says.
 
 `WAIT_IN` names the folder: `times` in it holds how often; each time rank 0 leaves a file `waiting-N` there.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from crossguard.train import preemption
 
-IN_CALL = 3
+IN_CALL = 2
 SECONDS = 120.0
 
 
