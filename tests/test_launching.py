@@ -12,11 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from rank_training import write_job
+from launch_arguments import arguments, printed
 
 from crossguard.configs.arguments import prepare
-from crossguard.configs.compose import compose
 from crossguard.configs.errors import (
     EXIT_FAILED,
     EXIT_LOST_CONTACT,
@@ -37,24 +35,7 @@ from crossguard.launchers.supervised import OUT_OF_MEMORY, outcome, restarting
 from crossguard.recipes.launching import launch
 from crossguard.recipes.sweeps import sweep
 
-SECRET = "sk-1234567890"
-
-
-@pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of a job in the working directory, which is a volume's mount path as well; a secret is in the environment."""
-    write_job(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    return ["recipe=tiny.yaml", f"data.path={tmp_path}/posts.jsonl", f"run_dir={tmp_path}/runs/My_job"]
-
-
-def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What `crossguard launch --dry-run` prints; never a secret."""
-    launch(["--dry-run", *argv])
-    text = capsys.readouterr().out
-    assert SECRET not in text
-    return text
+__all__ = ["arguments"]  # a fixture
 
 
 def test_local_ranks_are_what_run_starts(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,37 +125,6 @@ def test_the_script_has_itself_requeued_where_it_was_preempted(
     assert done.returncode == status
     called = (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
     assert ("requeue 7" in called) == requeued
-
-
-def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models")
-    folder = Path(arguments[-1].removeprefix("run_dir=")).parent.parent
-    settings = [
-        *("launcher=kubernetes", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.kubernetes.image=us/it:1"),
-        *(f"launcher.kubernetes.volumes={{{folder}: claim}}", "launcher.kubernetes.namespace=training"),
-        *("launcher.kubernetes.secrets={WANDB_API_KEY: wandb/api-key}", "launcher.grace_seconds=200"),
-        *("launcher.kubernetes.resources={memory: 64Gi, cpu: '32'}", "launcher.environment.NCCL_DEBUG=INFO"),
-    ]
-    job_set = yaml.safe_load(printed(capsys, *arguments, *settings))
-    checked = models.JobsetV1alpha2JobSet.from_dict(job_set)
-    assert checked.to_dict() == job_set  # The model drops what the schema does not know.
-    jobs = job_set["spec"]["replicatedJobs"]
-    assert [job["name"] for job in jobs] == ["build", "train", "evaluate", "export"]
-    assert [job["template"]["spec"]["completions"] for job in jobs] == [1, 2, 2, 1]
-    assert [job.get("dependsOn", [{}])[0].get("name") for job in jobs] == [None, "build", "train", "evaluate"]
-    pod = jobs[1]["template"]["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > 200
-    container = pod["containers"][0]
-    assert container["resources"]["limits"] == {"memory": "64Gi", "cpu": "32", "nvidia.com/gpu": "4"}
-    reference = {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
-    assert {"name": "WANDB_API_KEY", "valueFrom": reference} in container["env"]
-    # The pods compose what they are told to.
-    command = container["command"]
-    assert command[:2] == ["crossguard", "train"]
-    launcher = compose(command[2:]).launcher
-    assert (launcher.name, launcher.nodes, launcher.num_procs, launcher.threads_per_proc) == ("torchrun", 2, 4, 8)
-    name = job_set["metadata"]["name"]
-    assert launcher.torchrun.endpoint == f"{name}-train-0-0.{name}:29400"
 
 
 @pytest.mark.parametrize(
