@@ -24,7 +24,7 @@ from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_file, environment_of
 from crossguard.launchers.hostfile import Slots, chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
-from crossguard.launchers.supervised import restarting, run
+from crossguard.launchers.supervised import Child, restarting, run
 
 SECONDS_TO_REACH_HOSTS = 30.0
 # Lines of DeepSpeed itself, and that of pdsh where a host has ended.
@@ -66,9 +66,8 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
 
         def start(arguments: list[str]) -> str:
             with LauncherOutput(run_dir / "logs" / "deepspeed.log", OWN, ENDED, config.grace_seconds) as output:
-                return run(
+                deepspeed = Child(
                     command([*arguments, token], num_procs, config),
-                    config,
                     ask=lambda _: send(signal.SIGUSR1),
                     ask_again=True,  # Ranks that are not there yet do not hear it.
                     kill=lambda: send(signal.SIGKILL),
@@ -76,6 +75,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
                     hear=output.hear,
                     overdue=output.overdue,
                 )
+                return run(deepspeed, config.grace_seconds)
 
         restarting(start, arguments, config)
 

@@ -18,7 +18,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_of
 from crossguard.launchers.launcher_output import LauncherOutput
-from crossguard.launchers.supervised import restarting, run
+from crossguard.launchers.supervised import Child, restarting, run
 
 # Ports below those that the kernel gives to clients: what is free now will be free when rank 0 has started.
 PORTS = range(15000, 32000)
@@ -47,9 +47,8 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
 
     def start(arguments: list[str]) -> str:
         with LauncherOutput(run_dir / "logs" / "srun.log", OWN, ENDED, config.grace_seconds) as output:
-            return run(
+            srun = Child(
                 command(arguments, num_procs, config),
-                config,
                 ask=_ask,
                 ask_again=True,  # Ranks that are not there yet do not hear it.
                 at_death=signal.SIGTERM,
@@ -57,6 +56,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
                 hear=output.hear,
                 overdue=output.overdue,
             )
+            return run(srun, config.grace_seconds)
 
     restarting(start, arguments, config)
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from crossguard.configs.errors import (
     EXIT_FAILED,
@@ -34,30 +35,50 @@ SECONDS_BETWEEN_ASKING = 5.0
 OUT_OF_MEMORY = "a rank was out of memory"
 
 
-def run(
-    command: list[str],
-    config: LauncherConfig,
-    *,
-    ask: Callable[[subprocess.Popen[str]], None],
-    ask_again: bool = False,
-    kill: Callable[[], None] = lambda: None,
-    at_death: signal.Signals = signal.SIGKILL,
-    environment: Mapping[str, str] | None = None,
-    hear: Callable[[str], None] | None = None,
-    overdue: Callable[[], int | None] = lambda: None,
-) -> str:
-    """Run the command to its end.
+@dataclass(frozen=True)
+class Child:
+    """Another launcher, and how to deal with it.
 
-    Args:
-        command: of the other launcher.
-        config: the launcher's.
+    Attributes:
+        command: its command line.
         ask: asks all ranks to save and end; called when this process is asked to make room.
         ask_again: ask every few seconds until they have ended.
         kill: ends what the command has started elsewhere; called when it does not end in time.
-        at_death: the signal that the child gets when this process dies.
-        environment: of the child, by default this process's.
-        hear: is told each line that the command says; by default it speaks on the terminal itself.
+        at_death: the signal that it gets when this process dies.
+        environment: by default this process's.
+        hear: is told each line that it says; by default it speaks on the terminal itself.
         overdue: the status of ranks that have ended long ago where others have not; None while nothing is amiss.
+    """
+
+    command: list[str]
+    ask: Callable[[subprocess.Popen[str]], None]
+    ask_again: bool = False
+    kill: Callable[[], None] = lambda: None
+    at_death: signal.Signals = signal.SIGKILL
+    environment: Mapping[str, str] | None = None
+    hear: Callable[[str], None] | None = None
+    overdue: Callable[[], int | None] = lambda: None
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start it, in a session of its own: what a terminal sends to this process reaches the ranks by `ask` alone."""
+        return subprocess.Popen(
+            self.command,
+            env=self.environment,
+            stdout=subprocess.PIPE if self.hear else None,
+            stderr=subprocess.STDOUT if self.hear else None,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=functools.partial(be_told, self.at_death),
+        )
+
+
+def run(child: Child, grace_seconds: float) -> str:
+    """Run another launcher to its end.
+
+    Args:
+        child: the launcher.
+        grace_seconds: how long the ranks may take to save and end when they are asked to.
 
     Returns:
         What was lost, where ranks were killed or lost contact; empty when all have done their work.
@@ -69,29 +90,19 @@ def run(
     """
     asked: list[float] = []
     with on_preemption(lambda _: asked.append(time.monotonic())):
-        # In a session of its own: what a terminal sends to this process reaches the ranks through `ask` alone.
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE if hear else None,
-            stderr=subprocess.STDOUT if hear else None,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=functools.partial(be_told, at_death),
-        )
-        listener = threading.Thread(target=_listen, args=(child, hear), daemon=True)
+        process = child.start()
+        listener = threading.Thread(target=_listen, args=(process, child.hear), daemon=True)
         listener.start()
         try:
-            status = _wait(child, asked, config.grace_seconds, _asking(child, ask, ask_again), overdue)
-            if child.poll() is None:
-                kill()
+            status = _wait(child, process, asked, grace_seconds)
+            if process.poll() is None:
+                child.kill()
         finally:
-            _end(child)
+            _end(process)
             listener.join(SECONDS_TO_END)
     if status is None:
         raise Preempted(
-            f"preempted; the ranks had not ended within launcher.grace_seconds={config.grace_seconds:g}; "
+            f"preempted; the ranks had not ended within launcher.grace_seconds={grace_seconds:g}; "
             "start again and it goes on from the last checkpoint"
         )
     return outcome(status, asked=bool(asked))
@@ -157,53 +168,36 @@ def _signal_of(status: int) -> signal.Signals | None:
     return None
 
 
-def _wait(
-    child: subprocess.Popen[str],
-    asked: list[float],
-    grace_seconds: float,
-    ask: Callable[[], None],
-    overdue: Callable[[], int | None],
-) -> int | None:
+def _wait(child: Child, process: subprocess.Popen[str], asked: list[float], grace_seconds: float) -> int | None:
     """The exit status, or None when the ranks were asked to end and did not in time."""
+    passed_on: float | None = None
     while True:
         try:
-            return child.wait(0.2)
+            return process.wait(0.2)
         except subprocess.TimeoutExpired:
-            if asked:
-                ask()
-            if asked and time.monotonic() - asked[0] > grace_seconds + SECONDS_TO_END:
+            now = time.monotonic()
+            if asked and (passed_on is None or (child.ask_again and now - passed_on > SECONDS_BETWEEN_ASKING)):
+                child.ask(process)
+                passed_on = now
+            if asked and now - asked[0] > grace_seconds + SECONDS_TO_END:
                 return None
-            if (status := overdue()) is not None:
+            if (status := child.overdue()) is not None:
                 return status
 
 
-def _asking(
-    child: subprocess.Popen[str], ask: Callable[[subprocess.Popen[str]], None], again: bool
-) -> Callable[[], None]:
-    """What asks when it is first called, and later where the last time is long enough ago."""
-    last: list[float] = []
-
-    def ask_now_and_then() -> None:
-        if not last or (again and time.monotonic() - last[-1] > SECONDS_BETWEEN_ASKING):
-            ask(child)
-            last.append(time.monotonic())
-
-    return ask_now_and_then
-
-
-def _listen(child: subprocess.Popen[str], hear: Callable[[str], None] | None) -> None:
-    if hear is not None and child.stdout is not None:
-        for line in child.stdout:
+def _listen(process: subprocess.Popen[str], hear: Callable[[str], None] | None) -> None:
+    if hear is not None and process.stdout is not None:
+        for line in process.stdout:
             hear(line.rstrip("\n"))
 
 
-def _end(child: subprocess.Popen[str]) -> None:
-    """End the child, and all of its session, where something interrupted the waiting for it."""
-    if child.poll() is not None:
+def _end(process: subprocess.Popen[str]) -> None:
+    """End it, and all of its session, where something interrupted the waiting for it."""
+    if process.poll() is not None:
         return
-    child.terminate()
+    process.terminate()
     try:
-        child.wait(SECONDS_TO_END)
+        process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -16,7 +16,7 @@ from pathlib import Path
 from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_of
-from crossguard.launchers.supervised import run
+from crossguard.launchers.supervised import Child, run
 
 # The environment variable that names the file for torch's own messages; without it they go to the terminal.
 AGENT_LOG = "CROSSGUARD_AGENT_LOG"
@@ -41,7 +41,8 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
     log.parent.mkdir(parents=True, exist_ok=True)
     quiet = {AGENT_LOG: str(log), CPP_LOG_LEVEL: "ERROR"}
     environment = os.environ | environment_of(config, num_procs) | quiet
-    if lost := run(command(arguments, num_procs, config), config, ask=_ask, environment=environment):
+    agent = Child(command(arguments, num_procs, config), ask=_ask, environment=environment)
+    if lost := run(agent, config.grace_seconds):
         raise JobError(f"{lost}; see logs/ in the run directory; start again, or set launcher.max_restarts")
 
 
