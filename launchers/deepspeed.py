@@ -9,11 +9,11 @@ asks the ranks itself, by SIGUSR1; their status comes back as that of `deepspeed
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +24,7 @@ from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_file, environment_of
 from crossguard.launchers.hostfile import Slots, chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
+from crossguard.launchers.programs import need
 from crossguard.launchers.supervised import Child, restarting, run
 
 SECONDS_TO_REACH_HOSTS = 30.0
@@ -54,15 +55,17 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
         Preempted, JobError: see `supervised.run`.
     """
     hosts = hosts_of(config)
-    if hosts and shutil.which("pdsh") is None:
-        raise UserError("pdsh: not found; launcher=deepspeed reaches the hosts through it (apt install pdsh)")
+    need("pkill", "launcher=deepspeed asks its ranks to stop through it (apt install procps)")
+    if hosts:
+        need("pdsh", "launcher=deepspeed reaches the hosts through it (apt install pdsh)")
     per_host = max(map(len, hosts.values())) if hosts else num_procs
     with environment_file(run_dir, exported(config, per_host)) as file:
         token = f"environment={file}"
 
         def send(sent: signal.Signals) -> None:
             line = _to_ranks(sent, token, hosts)
-            subprocess.run(line, env=_for_pdsh(config), stdout=subprocess.DEVNULL, timeout=SECONDS_TO_REACH_HOSTS)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # A host is gone; the others have heard it.
+                subprocess.run(line, env=_for_pdsh(config), stdout=subprocess.DEVNULL, timeout=SECONDS_TO_REACH_HOSTS)
 
         def start(arguments: list[str]) -> str:
             with LauncherOutput(run_dir / "logs" / "deepspeed.log", OWN, ENDED, config.grace_seconds) as output:
