@@ -22,15 +22,9 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from crossguard.configs.errors import (
-    EXIT_FAILED,
-    EXIT_LOST_CONTACT,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
-)
-from crossguard.configs.preemption import SIGNALS
+from crossguard.configs.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED, EXIT_USER_ERROR
 from crossguard.configs.restarted import RESTARTED
+from crossguard.launchers.statuses import status_of
 from crossguard.launchers.torchrun import AGENT_LOG, CPP_LOG_LEVEL
 
 
@@ -50,20 +44,6 @@ class Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         os.environ[RESTARTED] = "1"
         super()._restart_workers(worker_group)
-
-
-def status_of(statuses: set[int]) -> int:
-    """The exit status that stands for those of several ranks, negative for a signal; as shells have it, 128 + N."""
-    if EXIT_USER_ERROR in statuses:
-        return EXIT_USER_ERROR
-    if statuses & {EXIT_PREEMPTED, *(-name for name in SIGNALS)}:
-        return EXIT_PREEMPTED
-    if EXIT_OUT_OF_MEMORY in statuses:
-        return EXIT_OUT_OF_MEMORY
-    killed = [status for status in statuses if status < 0]
-    if killed:
-        return 128 - min(killed)
-    return EXIT_LOST_CONTACT if statuses == {EXIT_LOST_CONTACT} else EXIT_FAILED
 
 
 def main(argv: list[str]) -> int:

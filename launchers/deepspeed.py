@@ -77,6 +77,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
                     at_death=signal.SIGTERM,  # At this it ends the ranks on all hosts.
                     hear=output.hear,
                     overdue=output.overdue,
+                    statuses=lambda: output.statuses,
                 )
                 return run(deepspeed, config.grace_seconds)
 

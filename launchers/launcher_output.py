@@ -29,7 +29,9 @@ class LauncherOutput:
         self._log = log.open("a", buffering=1)
         self._own, self._ended = re.compile(own), re.compile(ended)
         self._grace_seconds = grace_seconds
-        self._first: tuple[int, float] | None = None
+        self._first_at: float | None = None
+        # Exit statuses of ranks that have ended badly.
+        self.statuses: set[int] = set()
 
     def __enter__(self) -> LauncherOutput:
         return self
@@ -42,17 +44,17 @@ class LauncherOutput:
     def hear(self, line: str) -> None:
         """Take a line."""
         ended = self._ended.match(line)
-        if ended and self._first is None:
-            self._first = int(ended.group(1)), time.monotonic()
+        if ended:
+            self._first_at = self._first_at or time.monotonic()
+            self.statuses.add(int(ended.group(1)))
         if ended or self._own.match(line):
             print(line, file=self._log)
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def overdue(self) -> int | None:
-        """The exit status of those that failed first, when the others have had time enough since."""
-        if self._first is None:
-            return None
-        status, at = self._first
-        patience = self._grace_seconds if status == EXIT_PREEMPTED else SECONDS_AFTER_A_FAILURE
-        return status if time.monotonic() - at > patience else None
+    def overdue(self) -> bool:
+        """Whether ranks have ended badly, and the others have had time enough since."""
+        if self._first_at is None:
+            return False
+        patience = self._grace_seconds if self.statuses == {EXIT_PREEMPTED} else SECONDS_AFTER_A_FAILURE
+        return time.monotonic() - self._first_at > patience

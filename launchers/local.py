@@ -21,6 +21,7 @@ from crossguard.configs.preemption import SIGNALS, on_preemption
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_of
 from crossguard.launchers.processes import RankProcesses
+from crossguard.launchers.statuses import explained
 
 # How long the others may take to end when a rank is lost: without it they can save nothing.
 SECONDS_TO_END = 5.0
@@ -110,7 +111,7 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
         raise Preempted("preempted; start again and it goes on where it stopped")
     killed = {rank: signal.Signals(-status).name for rank, status in ended.items() if status < 0}
     if killed:
-        return ", ".join(f"rank {rank} was ended by {_explained(name)}" for rank, name in killed.items())
+        return ", ".join(f"rank {rank} was ended by {explained(name)}" for rank, name in killed.items())
     if statuses - {0} == {EXIT_LOST_CONTACT}:
         return "ranks lost contact with each other"
     failed = {rank: status for rank, status in ended.items() if status}
@@ -118,7 +119,3 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
         what = ", ".join(f"rank {rank} ended with exit status {status}" for rank, status in failed.items())
         raise JobError(f"{what}; see logs/ in the run directory")
     return ""
-
-
-def _explained(name: str) -> str:
-    return {"SIGKILL": "SIGKILL (is memory short?)", "SIGALRM": "SIGALRM (it hung)"}.get(name, name)

@@ -55,6 +55,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
                 environment=os.environ | _variables(num_procs, config),
                 hear=output.hear,
                 overdue=output.overdue,
+                statuses=lambda: output.statuses,
             )
             return run(srun, config.grace_seconds)
 

@@ -1,7 +1,4 @@
-"""Another launcher (torchrun's agent, deepspeed, srun) as a child process: started, asked to stop, given time, ended.
-
-Its exit status tells what became of the ranks: theirs where it passes that on, 128 + N where signal N ended one.
-"""
+"""Another launcher (torchrun's agent, deepspeed, srun) as a child process: start it, ask it to stop, give it time."""
 
 from __future__ import annotations
 
@@ -15,24 +12,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from crossguard.configs.errors import (
-    EXIT_FAILED,
-    EXIT_LOST_CONTACT,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
-    JobError,
-    Preempted,
-    UserError,
-)
+from crossguard.configs.errors import JobError, Preempted
 from crossguard.configs.parent_death import be_told
-from crossguard.configs.preemption import SIGNALS, on_preemption
+from crossguard.configs.preemption import on_preemption
 from crossguard.configs.schema import LauncherConfig
+from crossguard.launchers.statuses import OUT_OF_MEMORY, outcome, status_of
 
 # Beyond `launcher.grace_seconds`: for what the other launcher itself does when its ranks have ended.
 SECONDS_TO_END = 10.0
 SECONDS_BETWEEN_ASKING = 5.0
-OUT_OF_MEMORY = "a rank was out of memory"
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,8 @@ class Child:
         at_death: the signal that it gets when this process dies.
         environment: by default this process's.
         hear: is told each line that it says; by default it speaks on the terminal itself.
-        overdue: the status of ranks that have ended long ago where others have not; None while nothing is amiss.
+        overdue: whether some ranks have ended badly long ago and others have not.
+        statuses: those of ranks that have ended badly, as far as it has said so.
     """
 
     command: list[str]
@@ -57,7 +46,8 @@ class Child:
     at_death: signal.Signals = signal.SIGKILL
     environment: Mapping[str, str] | None = None
     hear: Callable[[str], None] | None = None
-    overdue: Callable[[], int | None] = lambda: None
+    overdue: Callable[[], bool] = lambda: False
+    statuses: Callable[[], set[int]] = set
 
     def start(self) -> subprocess.Popen[str]:
         """Start it, in a session of its own: what a terminal sends to this process reaches the ranks by `ask` alone."""
@@ -94,18 +84,21 @@ def run(child: Child, grace_seconds: float) -> str:
         listener = threading.Thread(target=_listen, args=(process, child.hear), daemon=True)
         listener.start()
         try:
-            status = _wait(child, process, asked, grace_seconds)
-            if process.poll() is None:
+            _wait(child, process, asked, grace_seconds)
+            in_time = process.poll() is not None
+            if not in_time:
                 child.kill()
         finally:
             _end(process)
             listener.join(SECONDS_TO_END)
-    if status is None:
-        raise Preempted(
-            f"preempted; the ranks had not ended within launcher.grace_seconds={grace_seconds:g}; "
-            "start again and it goes on from the last checkpoint"
-        )
-    return outcome(status, asked=bool(asked))
+    if in_time:
+        return outcome(status_of(child.statuses() | {process.returncode}), asked=bool(asked))
+    if not asked:  # Its own status is that of being ended here.
+        return outcome(status_of(child.statuses()), asked=False)
+    raise Preempted(
+        f"preempted; the ranks had not ended within launcher.grace_seconds={grace_seconds:g}; "
+        "start again and it goes on from the last checkpoint"
+    )
 
 
 def restarting(start: Callable[[list[str]], str], arguments: list[str], config: LauncherConfig) -> None:
@@ -134,55 +127,20 @@ def restarting(start: Callable[[list[str]], str], arguments: list[str], config: 
         print(f"crossguard: {lost}; {again}", file=sys.stderr, flush=True)
 
 
-def outcome(status: int, *, asked: bool) -> str:
-    """What the exit status of another launcher means; returns and raises as `run` does."""
-    # The message of a rank is on the terminal already.
-    if status == EXIT_USER_ERROR:
-        raise UserError("")
-    sent = _signal_of(status)
-    if status == EXIT_PREEMPTED or sent in SIGNALS or (asked and status != EXIT_FAILED):
-        raise Preempted("preempted; start again and it goes on where it stopped")
-    if status == 0:
-        return ""
-    if sent is not None:
-        return f"a rank was ended by {explained(sent.name)}"
-    if status == EXIT_OUT_OF_MEMORY:
-        return OUT_OF_MEMORY
-    if status == EXIT_LOST_CONTACT:
-        return "ranks lost contact with each other"
-    raise JobError(f"the ranks ended with exit status {status}; see logs/ in the run directory")
-
-
-def explained(name: str) -> str:
-    """A signal's name with what is likely behind it."""
-    return {"SIGKILL": "SIGKILL (is memory short?)", "SIGALRM": "SIGALRM (it hung)"}.get(name, name)
-
-
-def _signal_of(status: int) -> signal.Signals | None:
-    """The signal behind an exit status: -N, as shells write it (128 + N), or as `sys.exit(-N)` ends (256 - N)."""
-    if status == 255:  # ssh, where it could not connect
-        return None
-    for number in (-status, status - 128, 256 - status):
-        if 0 < number < 32:
-            return signal.Signals(number)
-    return None
-
-
-def _wait(child: Child, process: subprocess.Popen[str], asked: list[float], grace_seconds: float) -> int | None:
-    """The exit status, or None when the ranks were asked to end and did not in time."""
+def _wait(child: Child, process: subprocess.Popen[str], asked: list[float], grace_seconds: float) -> None:
+    """Until it has ended, or has had time enough to end."""
     passed_on: float | None = None
     while True:
         try:
-            return process.wait(0.2)
+            process.wait(0.2)
+            return
         except subprocess.TimeoutExpired:
             now = time.monotonic()
             if asked and (passed_on is None or (child.ask_again and now - passed_on > SECONDS_BETWEEN_ASKING)):
                 child.ask(process)
                 passed_on = now
-            if asked and now - asked[0] > grace_seconds + SECONDS_TO_END:
-                return None
-            if (status := child.overdue()) is not None:
-                return status
+            if child.overdue() or (asked and now - asked[0] > grace_seconds + SECONDS_TO_END):
+                return
 
 
 def _listen(process: subprocess.Popen[str], hear: Callable[[str], None] | None) -> None:

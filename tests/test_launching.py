@@ -31,7 +31,8 @@ from crossguard.configs.schema.launcher import DeepspeedConfig, TorchrunConfig
 from crossguard.launchers import deepspeed, slurm, torchrun, world_sizes
 from crossguard.launchers.hostfile import chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
-from crossguard.launchers.supervised import OUT_OF_MEMORY, outcome, restarting
+from crossguard.launchers.statuses import OUT_OF_MEMORY, outcome, status_of
+from crossguard.launchers.supervised import restarting
 from crossguard.recipes.launching import launch
 from crossguard.recipes.sweeps import sweep
 
@@ -243,10 +244,26 @@ def test_a_sweep_has_a_run_directory_for_each_job(arguments: list[str]) -> None:
 )
 def test_what_another_launcher_s_status_means(status: int, asked: bool, expected: str | type[CrossguardError]) -> None:
     if isinstance(expected, str):
-        assert outcome(status, asked=asked) == expected
+        assert outcome(status_of({status}), asked=asked) == expected
     else:
         with pytest.raises(expected):
-            outcome(status, asked=asked)
+            outcome(status_of({status}), asked=asked)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stands"),
+    [
+        ({EXIT_USER_ERROR, -signal.SIGKILL}, EXIT_USER_ERROR),
+        ({EXIT_PREEMPTED, EXIT_FAILED}, EXIT_PREEMPTED),
+        ({EXIT_OUT_OF_MEMORY, EXIT_LOST_CONTACT}, EXIT_OUT_OF_MEMORY),
+        ({EXIT_FAILED, EXIT_LOST_CONTACT}, EXIT_FAILED),
+        ({128 + signal.SIGKILL, EXIT_LOST_CONTACT}, 128 + signal.SIGKILL),
+        ({0, EXIT_LOST_CONTACT}, EXIT_LOST_CONTACT),
+        ({0}, 0),
+    ],
+)
+def test_one_status_stands_for_those_of_all_ranks(statuses: set[int], stands: int) -> None:
+    assert status_of(statuses) == stands
 
 
 def test_ranks_are_started_again_as_often_as_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,13 +281,8 @@ def test_ranks_are_started_again_as_often_as_is_allowed(capsys: pytest.CaptureFi
 
 
 def test_only_lost_ranks_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = pytest.importorskip("crossguard.launchers.agent")
-    assert agent.status_of({EXIT_USER_ERROR, -signal.SIGKILL}) == EXIT_USER_ERROR
-    assert agent.status_of({EXIT_PREEMPTED, EXIT_FAILED}) == EXIT_PREEMPTED
-    assert agent.status_of({-signal.SIGKILL, EXIT_LOST_CONTACT}) == 128 + signal.SIGKILL
-    assert agent.status_of({EXIT_OUT_OF_MEMORY, EXIT_LOST_CONTACT}) == EXIT_OUT_OF_MEMORY
-    assert agent.status_of({EXIT_FAILED, EXIT_LOST_CONTACT}) == EXIT_FAILED
-    assert agent.status_of({EXIT_LOST_CONTACT}) == EXIT_LOST_CONTACT
+    from crossguard.launchers import agent
+
     watching = agent.Agent.__new__(agent.Agent)
     for status, left in [
         (EXIT_FAILED, 0),
@@ -304,11 +316,12 @@ def test_a_port_in_use_is_named() -> None:
 def test_what_srun_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with LauncherOutput(tmp_path / "logs" / "srun.log", slurm.OWN, slurm.ENDED, grace_seconds=0) as output:
         output.hear("train: 6/6 steps")
-        assert output.overdue() is None
+        assert not output.overdue()
         output.hear("srun: error: n2: task 1: Exited with exit code 75")
-        output.hear("srun: error: n1: task 0: Exited with exit code 2")
+        assert output.overdue()
+        output.hear("srun: error: n1: tasks 0,2: Exited with exit code 2")
     assert capsys.readouterr().err == "train: 6/6 steps\n"
-    assert output.overdue() == EXIT_PREEMPTED
+    assert output.statuses == {EXIT_PREEMPTED, EXIT_USER_ERROR}
     assert len((tmp_path / "logs" / "srun.log").read_text().splitlines()) == 2
 
 
@@ -318,5 +331,6 @@ def test_what_deepspeed_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFix
         output.hear("pdsh@vm: 10.77.0.2: ssh exited with exit code 2")
         output.hear("crossguard: rank 1: wrong")
     assert capsys.readouterr().err == "crossguard: rank 1: wrong\n"
-    assert output.overdue() is None  # Others may still be on their way.
+    assert output.statuses == {EXIT_USER_ERROR}
+    assert not output.overdue()  # Others may still be on their way.
     assert len((tmp_path / "log").read_text().splitlines()) == 2
