@@ -13,9 +13,12 @@ from hydra.errors import HydraException
 from crossguard.configs.arguments import take
 from crossguard.configs.errors import UserError
 from crossguard.recipes.job import Job
+from crossguard.recipes.stages import BUILD
 
 # A sweep over these needs shards of its own for each job.
-DECIDE_SHARDS = ("data", "build", "taxonomy", "seed")
+DECIDE_SHARDS = (*BUILD.keys, "data.path", "data.media_dir")
+# Sources whose posts are there, whatever the seed.
+FOUND = ("jsonl", "table", "hf", "webdataset")
 MOST_JOBS = 1000
 
 
@@ -52,7 +55,7 @@ def sweep(arguments: list[str]) -> tuple[list[list[str]], Path, list[str] | None
     base = Path(own.get("run_dir") or f"runs/{Path(own['recipe']).stem}-sweep")
     first = [f"{key}={value}" for key, value in points[0]]
     job = Job.from_arguments([*common, *first, f"run_dir={base}"])
-    shares = not any(key.split(".")[0] in DECIDE_SHARDS for key in swept) and job.config.launcher.name != "kubernetes"
+    shares = job.config.launcher.name != "kubernetes" and not _decides_shards(set(swept), job)
     if shares and not job.config.data.shards:
         common.append(f"data.shards={base / 'shards'}")
     jobs = [
@@ -60,6 +63,15 @@ def sweep(arguments: list[str]) -> tuple[list[list[str]], Path, list[str] | None
     ]
     build = [*common, *first, f"run_dir={base}"] if shares and job.config.data.has_posts else None
     return jobs, base, build
+
+
+def _decides_shards(swept: set[str], job: Job) -> bool:
+    """Whether the jobs of a sweep over these keys would build different shards."""
+    if "seed" in swept and job.config.data.source not in FOUND:
+        return True
+    return any(
+        f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}.") for key in swept for own in DECIDE_SHARDS
+    )
 
 
 def _values(argument: str) -> list[str] | None:

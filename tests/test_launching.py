@@ -219,10 +219,14 @@ def test_a_sweep_has_a_run_directory_for_each_job(arguments: list[str]) -> None:
     ]
     assert all("data.shards=runs/tiny-sweep/shards" in job for job in [*jobs, build or []])
     # A sweep that decides the shards: each job builds its own.
-    jobs, _, build = sweep([*arguments[:2], "seed=range(0,3)"])
-    assert len(jobs) == 3
-    assert build is None
-    assert not any(word.startswith("data.shards") for job in jobs for word in job)
+    for decides in ("data.limit=10,20", "build.samples_per_shard=10,20", "data.options.a=1,2"):
+        jobs, _, build = sweep([*arguments[:2], decides])
+        assert len(jobs) == 2
+        assert build is None
+        assert not any(word.startswith("data.shards") for job in jobs for word in job)
+    # A seed decides the posts of a generator alone.
+    assert sweep([*arguments[:2], "seed=range(0,3)"])[2] is not None
+    assert sweep(["recipe=quickstart", "seed=range(0,3)"])[2] is None
 
 
 @pytest.mark.parametrize(
