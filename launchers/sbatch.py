@@ -93,8 +93,8 @@ def _gpus(config: LauncherConfig) -> int:
     return config.num_procs or 0 if config.gpus_per_node is None else config.gpus_per_node
 
 
-def submit(text: str, config: LauncherConfig, *, after: str | None = None) -> str:
-    """Hand a script to SLURM, to begin at once or when the job `after` has succeeded; returns the job's number.
+def submit(text: str, config: LauncherConfig, *, before: str | None = None) -> str:
+    """Hand a script to SLURM, to begin at once or when the job `before` has succeeded; returns the job's number.
 
     Raises:
         UserError: sbatch is missing, there is no such partition, or SLURM refuses the job.
@@ -106,8 +106,13 @@ def submit(text: str, config: LauncherConfig, *, after: str | None = None) -> st
             if partition not in known:
                 hint = did_you_mean(partition, known)
                 raise UserError(f"launcher.slurm.partition={partition}: SLURM has no such partition; {hint}")
-    line = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])]
+    line = ["sbatch", "--parsable", *(after(before) if before else [])]
     return output(line, text, wrong=UserError).partition(";")[0]
+
+
+def after(job: str) -> list[str]:
+    """The options with which a job begins when another one has succeeded, and goes when that has failed."""
+    return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
 
 def is_active(job: str) -> bool:

@@ -36,15 +36,12 @@ class Submission:
 def rendered(submission: Submission, config: LauncherConfig) -> str:
     """Exactly what would run, to be pasted: a script, or a manifest. No secret is in it."""
     if config.name == "slurm":
-        return "\n".join(text for _, text in _scripts(submission, config))
+        return _submission(_scripts(submission, config))
     if config.name == "kubernetes":
         return kubernetes.manifest(submission.works, config)
     if config.name == "local":
-        commands = [("build", submission.build)] if submission.build else []
-        commands += [("run", work) for work in submission.works]
-        return "".join(f"{shlex.join([*CROSSGUARD, name, *work.arguments])}\n" for name, work in commands)
-    stages = [Stage("build", False, submission.build.arguments)] if submission.build else []
-    stages += [stage for work in submission.works for stage in work.stages]
+        return "".join(f"{shlex.join([*CROSSGUARD, 'run', *work.arguments])}\n" for work in submission.works)
+    stages = [stage for work in submission.works for stage in work.stages]
     lines = [_line(stage, config) for stage in stages]
     if config.name == "deepspeed":
         names = ", ".join(sorted(deepspeed.exported(config, procs_per_node(config))))
@@ -67,7 +64,7 @@ def submit(submission: Submission, config: LauncherConfig) -> dict[str, Any]:
     jobs: list[str] = []
     for name, text in _scripts(submission, config):
         _keep(submission.folder / name, text)
-        jobs.append(sbatch.submit(text, config, after=jobs[-1] if jobs else None))
+        jobs.append(sbatch.submit(text, config, before=jobs[-1] if jobs else None))
     return {"launcher": "slurm", "jobs": jobs}
 
 
@@ -114,6 +111,18 @@ def _scripts(submission: Submission, config: LauncherConfig) -> list[tuple[str, 
         build = sbatch.script([submission.build], config, output_folder=folder, command="build")
         scripts.insert(0, ("build.sh", build))
     return scripts
+
+
+def _submission(scripts: list[tuple[str, str]]) -> str:
+    """A script as it is; several as a shell would submit them one after the other."""
+    if len(scripts) == 1:
+        return scripts[0][1]
+    (_, build), (_, jobs) = scripts
+    options = " ".join(sbatch.after("$build"))
+    return (
+        f"build=$(sbatch --parsable <<'SCRIPT'\n{build}SCRIPT\n)\n"
+        f"sbatch --parsable {options} <<'SCRIPT'\n{jobs}SCRIPT\n"
+    )
 
 
 def _line(stage: Stage, config: LauncherConfig) -> str:

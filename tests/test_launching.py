@@ -110,6 +110,26 @@ def test_the_sbatch_script(arguments: list[str], capsys: pytest.CaptureFixture[s
     assert json.loads(done.stdout) == [*arguments, *prepare(settings).overrides]
 
 
+def test_a_sweep_s_scripts_can_be_pasted(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = ["--multirun", "launcher=slurm", "launcher.gpus_per_node=0", "train.lr=1e-3,1e-4"]
+    text = printed(capsys, *arguments, *settings)
+    program = tmp_path / "sbatch"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\ncat > {tmp_path}/script-$(wc -l < {tmp_path}/called)\necho 7\n'
+    )
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash"], input=text, text=True, env=environment, timeout=20, check=True, stdout=subprocess.DEVNULL)
+    after = "--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes"
+    assert (tmp_path / "called").read_text().splitlines() == ["--parsable", after]
+    assert "-m crossguard.recipes.cli build " in (tmp_path / "script-1").read_text()
+    array = (tmp_path / "script-2").read_text()
+    assert "#SBATCH --array=0-1\n" in array
+    assert array.count("train.lr-0.0001") == 1
+
+
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (0, False)])
 def test_the_script_has_itself_requeued_where_it_was_preempted(
     status: int, requeued: bool, arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
