@@ -36,7 +36,7 @@ class Submission:
 def rendered(submission: Submission, config: LauncherConfig) -> str:
     """Exactly what would run, to be pasted: a script, or a manifest. No secret is in it."""
     if config.name == "slurm":
-        return _submission(_scripts(submission, config))
+        return _commands(submission, config)
     if config.name == "kubernetes":
         return kubernetes.manifest(submission.works, config)
     if config.name == "local":
@@ -113,16 +113,14 @@ def _scripts(submission: Submission, config: LauncherConfig) -> list[tuple[str, 
     return scripts
 
 
-def _submission(scripts: list[tuple[str, str]]) -> str:
-    """A script as it is; several as a shell would submit them one after the other."""
-    if len(scripts) == 1:
-        return scripts[0][1]
-    (_, build), (_, jobs) = scripts
-    options = " ".join(sbatch.after("$build"))
-    return (
-        f"build=$(sbatch --parsable <<'SCRIPT'\n{build}SCRIPT\n)\n"
-        f"sbatch --parsable {options} <<'SCRIPT'\n{jobs}SCRIPT\n"
-    )
+def _commands(submission: Submission, config: LauncherConfig) -> str:
+    """What submits the scripts, one after the other, in a shell."""
+    lines, before = [f"mkdir -p {shlex.quote(os.fspath(submission.folder))}"], None
+    for _, text in _scripts(submission, config):
+        options = " ".join(["", *sbatch.after(before)]) if before else ""
+        lines.append(f"job=$(sbatch --parsable{options} <<'SCRIPT'\n{text}SCRIPT\n)")
+        before = "$job"
+    return "\n".join([*lines, 'echo "$job"', ""])
 
 
 def _line(stage: Stage, config: LauncherConfig) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from dataclasses import dataclass
 
+# Leaves room for what Kubernetes puts behind it, in host names of at most 63 characters.
+LONGEST_NAME = 36
 CROSSGUARD = (sys.executable, "-m", "crossguard.recipes.cli")
 
 
@@ -39,4 +42,8 @@ class Work:
     def name(self) -> str:
         """What schedulers call it: from the run directory, lower case, fit for a host name."""
         words = re.sub(r"[^a-z0-9]+", "-", self.run_dir.lower().removeprefix("runs/")).strip("-")
-        return f"crossguard-{words}"[:36].strip("-")
+        name = f"crossguard-{words}"
+        if len(name) <= LONGEST_NAME:
+            return name
+        digest = hashlib.blake2b(self.run_dir.encode(), digest_size=3).hexdigest()
+        return f"{name[: LONGEST_NAME - 7].strip('-')}-{digest}"

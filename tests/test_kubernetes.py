@@ -47,6 +47,15 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
     assert launcher.torchrun.endpoint == f"{name}-train-0-0.{name}:29400"
 
 
+def test_a_sweep_s_jobs_have_names_of_their_own(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = arguments[-1].removeprefix("run_dir=")
+    settings = ["launcher=kubernetes", "launcher.gpus_per_node=0", "launcher.kubernetes.image=us/it:1"]
+    sweep = ["--multirun", "train.lr=1e-3,1e-4", f"launcher.kubernetes.volumes={{{folder}: claim}}"]
+    names = [job["metadata"]["name"] for job in yaml.safe_load_all(printed(capsys, *arguments, *settings, *sweep))]
+    assert len(set(names)) == 2
+    assert all(len(name) <= 36 for name in names)
+
+
 def test_what_kubectl_is_told(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

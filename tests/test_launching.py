@@ -87,6 +87,11 @@ def test_torchrun_s_own_arguments(arguments: list[str], capsys: pytest.CaptureFi
     assert "--nnodes=2 --rdzv-backend=static --node-rank=1 --master-addr=node0 --master-port=29400" in train
 
 
+def script(text: str) -> str:
+    """What sbatch is given, of what would run."""
+    return text.partition("<<'SCRIPT'\n")[2].partition("SCRIPT\n")[0]
+
+
 def test_the_sbatch_script(arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     settings = [
         *("launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.grace_seconds=30"),
@@ -103,7 +108,9 @@ def test_the_sbatch_script(arguments: list[str], capsys: pytest.CaptureFixture[s
     assert "\nmodule load cuda/12.8\n" in text
     assert "\nexport NCCL_DEBUG='a b'\n" in text
     # A shell that runs it gives every word to crossguard as it was given here.
-    echoed = text.replace("-m crossguard.recipes.cli run", "-c 'import json, sys; print(json.dumps(sys.argv[1:]))'")
+    echoed = script(text).replace(
+        "-m crossguard.recipes.cli run", "-c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    )
     done = subprocess.run(
         ["bash"], input=echoed.replace("module load", ":"), capture_output=True, text=True, check=True
     )
@@ -124,6 +131,7 @@ def test_a_sweep_s_scripts_can_be_pasted(
     subprocess.run(["bash"], input=text, text=True, env=environment, timeout=20, check=True, stdout=subprocess.DEVNULL)
     after = "--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes"
     assert (tmp_path / "called").read_text().splitlines() == ["--parsable", after]
+    assert (tmp_path / "runs" / "My_job" / "launch").is_dir()  # where SLURM writes what the jobs print
     assert "-m crossguard.recipes.cli build " in (tmp_path / "script-1").read_text()
     array = (tmp_path / "script-2").read_text()
     assert "#SBATCH --array=0-1\n" in array
@@ -140,7 +148,9 @@ def test_the_script_has_itself_requeued_where_it_was_preempted(
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\necho JobState=RUNNING\n')
     program.chmod(0o755)
     asked = f"trap 'exit {status}' USR1; kill -USR1 $PPID; while :; do sleep .1; done"
-    lines = [f"bash -c {shlex.quote(asked)} &" if line.endswith('"$@" &') else line for line in text.splitlines()]
+    lines = [
+        f"bash -c {shlex.quote(asked)} &" if line.endswith('"$@" &') else line for line in script(text).splitlines()
+    ]
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-c", "\n".join(lines)], env=environment, timeout=20, check=False)
     assert done.returncode == status
