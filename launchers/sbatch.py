@@ -7,6 +7,7 @@ script hands both on. `crossguard run` then ends with status 75, on which the sc
 from __future__ import annotations
 
 import os
+import re
 import shlex
 
 from crossguard.configs.errors import JobError, UserError
@@ -17,16 +18,16 @@ from crossguard.launchers import procs_per_node
 from crossguard.launchers.programs import need, output
 from crossguard.launchers.work import CROSSGUARD, Work
 
-# SLURM looks at time limits once a minute or so, and what saves must also end before the limit.
+# What saves must also end before the limit.
 SECONDS_OF_SLACK = 90
+# SLURM looks at time limits once a minute: its signal may come so much earlier.
+SECONDS_EARLY = 60
 ELSEWHERE = "submit from a machine of the cluster, or see what would run with --dry-run"
 
 _BODY = """
 # What the first start has moved aside (train.restart=true) is not moved aside again.
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then export {restarted}=1; fi
 
-asked=
-trap 'asked=yes; kill -USR1 "$job" 2>/dev/null' USR1 TERM
 {command} "$@" &
 job=$!
 if [ "$asked" ]; then kill -USR1 "$job"; fi  # while there was no job yet
@@ -50,8 +51,14 @@ def script(works: list[Work], config: LauncherConfig, *, output_folder: str, com
         config: the launcher's.
         output_folder: where SLURM writes what the jobs print.
         command: of crossguard; `build` runs on one node, without GPUs.
+
+    Raises:
+        UserError: the time limit is so short that the job would be asked to stop as soon as it starts.
     """
+    _check_time(config)
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(works, config, output_folder, command)), ""]
+    # First of all: a signal that comes before would end the script.
+    lines += ["asked= job=", """trap 'asked=yes; [ -z "$job" ] || kill -USR1 "$job" 2>/dev/null' USR1 TERM"""]
     if config.slurm.modules:
         lines.append(f"module load {shlex.join(config.slurm.modules)}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in config.environment.items()]
@@ -87,6 +94,33 @@ def _options(works: list[Work], config: LauncherConfig, output_folder: str, comm
         options["array"] = f"0-{len(works) - 1}{at_a_time}"
     given = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     return [*given, "--requeue", *map(shlex.quote, slurm.options)]
+
+
+def _check_time(config: LauncherConfig) -> None:
+    time = config.slurm.time
+    if time is None:
+        return
+    needed = config.grace_seconds + SECONDS_OF_SLACK + SECONDS_EARLY
+    if (seconds := _seconds(time)) is None:
+        raise UserError(f"launcher.slurm.time={time}: must be MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
+    if seconds <= needed:
+        raise UserError(
+            f"launcher.slurm.time={time}: SLURM would ask the job to stop at once, up to {needed:.0f} s before it is"
+            " over (launcher.grace_seconds and what SLURM takes); give it more time"
+        )
+
+
+def _seconds(time: str) -> int | None:
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        return None
+    days, dash, clock = time.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    if dash:  # from the hours on
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:  # up to the seconds; a number alone is minutes
+        hours, minutes, seconds = [0, *numbers, 0] if len(numbers) == 1 else [*([0] * (3 - len(numbers))), *numbers]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _gpus(config: LauncherConfig) -> int:

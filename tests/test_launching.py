@@ -28,7 +28,7 @@ from crossguard.configs.errors import (
 )
 from crossguard.configs.schema import LauncherConfig
 from crossguard.configs.schema.launcher import DeepspeedConfig, TorchrunConfig
-from crossguard.launchers import deepspeed, slurm, torchrun, world_sizes
+from crossguard.launchers import deepspeed, sbatch, slurm, torchrun, world_sizes
 from crossguard.launchers.hostfile import chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
 from crossguard.launchers.statuses import OUT_OF_MEMORY, outcome, status_of
@@ -117,6 +117,14 @@ def test_the_sbatch_script(arguments: list[str], capsys: pytest.CaptureFixture[s
     assert json.loads(done.stdout) == [*arguments, *prepare(settings).overrides]
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("2:30", 150), ("1:00:00", 3600), ("1-2", 93600), ("1-2:30", 95400), ("0-0:0:5", 5), ("soon", None)],
+)
+def test_time_limits_are_read_as_sbatch_does(time: str, seconds: int | None) -> None:
+    assert sbatch._seconds(time) == seconds
+
+
 def test_a_sweep_s_scripts_can_be_pasted(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -169,6 +177,7 @@ def test_the_script_has_itself_requeued_where_it_was_preempted(
             ["launcher=slurm", "launcher.gpus_per_node=8", "launcher.num_procs=2"],
             "each rank takes one",
         ),
+        (["launcher=slurm", "launcher.gpus_per_node=0", "launcher.slurm.time=00:04:00"], "ask the job to stop at once"),
         (["launcher=slurm", "launcher.gpus_per_node=3"], "3 ranks do not divide it"),
         (["launcher=kubernetes", "launcher.gpus_per_node=0"], "launcher.kubernetes.image: not set"),
         (

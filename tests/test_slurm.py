@@ -44,10 +44,10 @@ class Cluster:
         """Until a start of the job waits in the middle of training."""
         wait_for(file.exists, lambda: self.ask("status", run_dir) + self.ask("logs", run_dir))
 
-    def begin_again(self, number: str, run_dir: str) -> None:
+    def begin_again(self, number: str, run_dir: str, *changes: str) -> None:
         """SLURM lets a requeued job rest for two minutes; not here."""
         wait_for(lambda: self.state(number) == "PENDING", lambda: self.ask("logs", run_dir))
-        _slurm("scontrol", "update", f"JobId={number}", "StartTime=now")
+        _slurm("scontrol", "update", f"JobId={number}", "StartTime=now", *changes)
 
     def wait_until_done(self, number: str, run_dir: str) -> None:
         """Until the job has ended well."""
@@ -131,7 +131,7 @@ def test_a_job_that_is_requeued_and_reaches_its_time_limit_is_one_run(cluster: C
     cluster.begin_again(number, "twice")
     cluster.wait_until_started("twice", waits / "waiting-1")
     _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=2")  # The signal comes 100 seconds before it is over.
-    cluster.begin_again(number, "twice")
+    cluster.begin_again(number, "twice", "TimeLimit=30")
     cluster.wait_until_done(number, "twice")
     assert cluster.ask("logs", "twice").count("train: going on after step") == 2
     assert losses(cluster.folder, "twice") == expected
