@@ -45,9 +45,10 @@ class Cluster:
         wait_for(file.exists, lambda: self.ask("status", run_dir) + self.ask("logs", run_dir))
 
     def begin_again(self, number: str, run_dir: str, *changes: str) -> None:
-        """SLURM lets a requeued job rest for two minutes; not here."""
+        """SLURM lets a requeued job rest for two minutes. Here it gets as long as nodes need: they refuse a job in the
+        second in which they ended it."""
         wait_for(lambda: self.state(number) == "PENDING", lambda: self.ask("logs", run_dir))
-        _slurm("scontrol", "update", f"JobId={number}", "StartTime=now", *changes)
+        _slurm("scontrol", "update", f"JobId={number}", "StartTime=now+3", *changes)
 
     def wait_until_done(self, number: str, run_dir: str) -> None:
         """Until the job has ended well."""
