@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test unit soak lint bench constraints clean
+.PHONY: setup demo test test-launchers unit soak lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ unit: setup
 # Training that is killed and stopped at random moments; ten minutes or more.
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak
+
+# What `make test` tries of the launchers briefly, in full; as root, since it starts SLURM and network namespaces.
+test-launchers: setup
+	$(BIN)/pytest -m 'launchers or slurm' tests/test_launchers.py tests/test_slurm.py
 
 lint: setup
 	$(BIN)/ruff check .

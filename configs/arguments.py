@@ -75,7 +75,8 @@ def _accepted(argument: str) -> str:
     if name == "cluster.gpu":  # A kind of GPU is a file of the group, with all that is known about it.
         name = "cluster"
     if name in GROUPS:
-        return f"{name}='{value.strip(chr(39) + chr(34))}'"
+        choice = value.strip("'\"")
+        return f"{name}={choice}" if choice.isidentifier() and choice.lower() != "null" else f"{name}='{choice}'"
     try:
         type_of(name)
     except UnknownKey as unknown:

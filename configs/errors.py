@@ -7,6 +7,8 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 # Of a rank alone: it tells the launcher to start the ranks again.
 EXIT_OUT_OF_MEMORY = 76
+# Of a rank alone: another one is gone, which is no fault of this one.
+EXIT_LOST_CONTACT = 77
 # How an allocation that fails is told where there is no error of its own for it: by torch on the CPU, by a driver, by a
 # library.
 _MEMORY = ("DefaultCPUAllocator", "out of memory", "bad_alloc", "STATUS_ALLOC_FAILED")

@@ -26,11 +26,17 @@ def die_with_parent() -> None:
     if sys.platform != "linux":
         return
     parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    be_told(signal.SIGKILL)
     if os.getppid() != parent:  # It had ended before the kernel was asked.
         os.kill(os.getpid(), signal.SIGKILL)
     if b"deepspeed.launcher.launch" in _command_line(parent):
         _die_with(_parent_of(parent))
+
+
+def be_told(sent: signal.Signals) -> None:
+    """Have the kernel send a signal to this process when its parent ends; holds for the program that it becomes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, sent)
 
 
 def _die_with(pid: int) -> None:

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "build.max_errors_listed",
     "build.num_workers",
     "build.ray_address",
+    "build.slurm_options",
     "checkpoint",
     "cluster",
     "data.cache",

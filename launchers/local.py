@@ -10,6 +10,7 @@ from pathlib import Path
 
 from crossguard.configs.errors import (
     EXIT_FAILED,
+    EXIT_LOST_CONTACT,
     EXIT_OUT_OF_MEMORY,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
@@ -20,7 +21,9 @@ from crossguard.configs.errors import (
 )
 from crossguard.configs.preemption import SIGNALS, on_preemption
 from crossguard.configs.schema import LauncherConfig
+from crossguard.launchers.environment import environment_of
 from crossguard.launchers.processes import RankProcesses
+from crossguard.launchers.statuses import explained
 
 # How long the others may take to end when a rank is lost: without it they can save nothing.
 SECONDS_TO_END = 5.0
@@ -76,7 +79,6 @@ def count_gpus() -> int:
 
 def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
     """One start of the ranks; says which rank was lost and why, or nothing when all have done their work."""
-    threads = config.threads_per_proc or max(1, (os.cpu_count() or 1) // num_procs)
     ranks = RankProcesses()
     asked_at: list[float] = []
 
@@ -87,7 +89,7 @@ def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
     patience = SECONDS_TO_END
     try:
         with on_preemption(pass_on):
-            ranks.start(arguments, num_procs, os.environ | {"OMP_NUM_THREADS": str(threads)})
+            ranks.start(arguments, num_procs, os.environ | environment_of(config, num_procs))
             if asked_at:  # while some were not there yet
                 ranks.send(signal.SIGTERM)
             while (ended := ranks.wait(1.0)) is None:
@@ -119,7 +121,9 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
         raise OutOfMemory(f"rank {short[0]} was out of memory")
     killed = {rank: signal.Signals(-status).name for rank, status in ended.items() if status < 0}
     if killed:
-        return ", ".join(f"rank {rank} was ended by {_explained(name)}" for rank, name in killed.items())
+        return ", ".join(f"rank {rank} was ended by {explained(name)}" for rank, name in killed.items())
+    if statuses - {0} == {EXIT_LOST_CONTACT}:
+        return "ranks lost contact with each other"
     failed = {rank: status for rank, status in ended.items() if status}
     if failed:
         what = ", ".join(f"rank {rank} ended with exit status {status}" for rank, status in failed.items())
@@ -129,7 +133,3 @@ def _outcome(ended: dict[int, int], asked: bool) -> str:
 
 def _say(message: str) -> None:
     print(f"crossguard: {message}", file=sys.stderr, flush=True)
-
-
-def _explained(name: str) -> str:
-    return {"SIGKILL": "SIGKILL (is memory short?)", "SIGALRM": "SIGALRM (it hung)"}.get(name, name)

@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "bundle=DIR data.path=POSTS [output=predictions.parquet]",
         "score posts with a bundle",
     ),
+    "launch": (
+        commands.launch,
+        "[--dry-run] [--multirun] recipe=NAME launcher=NAME [key=value …] | status|logs|cancel run_dir=DIR",
+        "what `run` does, submitted where the launcher is a scheduler's; sweeps",
+    ),
     "plan": (
         commands.plan,
         "recipe=NAME [cluster.gpu=NAME] [cluster.nodes=N] [cluster.gpus_per_node=N] [key=value …] [--json]",

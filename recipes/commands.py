@@ -7,12 +7,13 @@ from pathlib import Path
 from crossguard.configs.errors import UserError
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
-from crossguard.recipes.work import check_ranks
+from crossguard.recipes.work import check_one_place, check_ranks
 
 
 def run(argv: list[str]) -> None:
     """All stages of the recipe, its ablations included."""
     job = Job.from_arguments(argv)
+    check_one_place(job)
     ablations = job.ablations()
     check_ranks(job)
     if job.config.data.has_posts or not job.has_shards:
@@ -50,6 +51,13 @@ def predict(argv: list[str]) -> None:
     from crossguard.recipes.predicting import predict_posts
 
     predict_posts(argv)
+
+
+def launch(argv: list[str]) -> None:
+    """All stages by way of a launcher, a scheduler's as well; or a sweep."""
+    from crossguard.recipes.launching import launch as launch_job
+
+    launch_job(argv)
 
 
 def plan(argv: list[str]) -> None:

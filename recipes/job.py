@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossguard.configs.compose import composition
+from crossguard.configs.restarted import without_fresh_start
 from crossguard.configs.schema import Config
 
 
@@ -20,7 +21,7 @@ class Job:
     @classmethod
     def from_arguments(cls, argv: list[str]) -> Job:
         """Compose the configuration; raises UserError when anything is wrong with it."""
-        composed = composition(argv)
+        composed = composition(without_fresh_start(argv))
         arguments = [f"recipe={composed.arguments.recipe}", *composed.arguments.overrides]
         return cls(composed.config, arguments)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain
-from crossguard.launchers import launch, num_procs
+from crossguard.launchers import launch, world_sizes
 from crossguard.recipes.job import Job
 from crossguard.train.checkpoint_folder import checkpoint_folders, latest_checkpoint, read_state
 
@@ -41,14 +41,14 @@ def train(job: Job) -> None:
     """Train on the ranks of the launcher; goes on by itself where a run directory has checkpoints."""
     check_splits(job, training=True)
     check_ranks(job)
-    launch(["stage=train", *job.arguments], job.config.launcher, job.config.train.batch_size)
+    launch(["stage=train", *job.arguments], job.config.launcher, job.config.train.batch_size, job.run_dir)
 
 
 def evaluate(job: Job) -> None:
     """Score every held-out split and write the report."""
     check_splits(job)
     _need_checkpoint(job, "evaluate")
-    launch(["stage=evaluate", *job.arguments], job.config.launcher, job.config.train.batch_size)
+    launch(["stage=evaluate", *job.arguments], job.config.launcher, job.config.train.batch_size, job.run_dir)
     print(f"evaluate: report -> {job.run_dir / 'report' / 'report.html'}", flush=True)
 
 
@@ -60,12 +60,23 @@ def export(job: Job) -> None:
     print(f"export: bundle -> {write_bundle(job.config, job.run_dir)}", flush=True)
 
 
+def check_one_place(job: Job) -> None:
+    """Whether one command may do all stages: torchrun's nodes each have their own."""
+    launcher = job.config.launcher
+    if launcher.name == "torchrun" and launcher.nodes > 1:
+        raise UserError(
+            f"launcher=torchrun on {launcher.nodes} nodes: start `crossguard train` and `crossguard evaluate` on each"
+            " node, and `crossguard build` before and `crossguard export` after them on one"
+        )
+
+
 def check_ranks(job: Job) -> None:
     """What the ranks would refuse, before any of them starts."""
     from crossguard.data.loading.order import micro_batches
 
     config = job.config
-    micro_batches(config.train.batch_size, num_procs(config.launcher), config.train.micro_batch_size)
+    for ranks in world_sizes(config.launcher):
+        micro_batches(config.train.batch_size, ranks, config.train.micro_batch_size)
     newest = latest_checkpoint(job.run_dir)
     if newest is not None and not config.train.restart:
         saved = read_state(newest)["config"]

@@ -11,10 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 from s3_server import moto, server  # noqa: F401
+
+if TYPE_CHECKING:
+    from launched_job import Launched
 
 # One thread a process, as ranks have it: results then do not depend on the machine's cores. CUDA is hidden, since what
 # the tests compare was computed on CPU. The environment's programs come first: DeepSpeed builds its operator anew when
@@ -137,3 +141,11 @@ def workspace(request: pytest.FixtureRequest) -> Path:
 def readme(request: pytest.FixtureRequest) -> WholeJobs:
     """Every command of the README, run in its order in `folder / "readme"`."""
     return request.config.stash[JOBS]
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """The job that every launcher is tried with."""
+    from launched_job import Launched
+
+    return Launched(tmp_path_factory.mktemp("launched"))

@@ -1,10 +1,12 @@
 """The one entry for ranks: `torchrun … -m crossguard.train [stage=train|evaluate] recipe=NAME run_dir=DIR key=value …`.
 
-The configuration is known to be right before anything heavy is imported.
+The configuration is known to be right before anything heavy is imported. `environment=FILE` names environment variables
+that the launcher of another machine hands over.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from crossguard.configs.arguments import take
 from crossguard.configs.compose import compose
-from crossguard.configs.errors import EXIT_FAILED, CrossguardError, Preempted
+from crossguard.configs.errors import EXIT_FAILED, EXIT_LOST_CONTACT, CrossguardError, Preempted, UserError
 from crossguard.configs.parent_death import die_with_parent
+from crossguard.configs.restarted import without_fresh_start
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.checks import one_of
 from crossguard.train import preemption, watchdog
@@ -39,10 +42,12 @@ def main(argv: list[str]) -> int:
 
 def _outcome(argv: list[str]) -> int:
     try:
-        own, rest = take(argv, "stage")
+        own, rest = take(argv, "stage", "environment")
         stage = own.get("stage", "train")
         one_of("stage", stage, STAGES)
-        config = compose(rest)
+        if "environment" in own:
+            _take_environment(Path(own["environment"]))
+        config = compose(without_fresh_start(rest))
         _run(stage, config)
     except Preempted as error:  # All ranks at once: the first one says so.
         if os.environ.get("RANK", "0") == "0":
@@ -55,12 +60,29 @@ def _outcome(argv: list[str]) -> int:
         return EXIT_INTERRUPTED  # The launcher, which got the same Ctrl-C, says so.
     except Exception as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        lost = isinstance(error, RuntimeError) and "/gloo/transport/" in what
-        if lost:  # What ended the other rank is the news: the launcher, knowing it, ends this process before its turn.
+        if _is_lost_contact(error, what):
+            # What ended the other rank is the news: the launcher, knowing it, ends this process before its turn.
             time.sleep(SECONDS_FOR_RANK_0)
-        _say("lost contact with another rank (see logs/)" if lost else f"{type(error).__name__}: {what} (see logs/)")
+            _say("lost contact with another rank (see logs/)")
+            return EXIT_LOST_CONTACT
+        _say(f"{type(error).__name__}: {what} (see logs/)")
         return EXIT_FAILED
     return 0
+
+
+def _is_lost_contact(error: Exception, what: str) -> bool:
+    """Whether a connection to another rank broke: gloo tells in words, NCCL and the store by torch's own classes."""
+    torch_says = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
+    return torch_says or (isinstance(error, RuntimeError) and "/gloo/transport/" in what)
+
+
+def _take_environment(file: Path) -> None:
+    """Environment variables from the launcher's machine, where a command line is no place for them."""
+    try:
+        os.environ |= json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not what the launcher wrote"
+        raise UserError(f"environment={file}: {reason}; run_dir must lie where all hosts see it") from None
 
 
 def _run(stage: str, config: Config) -> None:
@@ -68,10 +90,12 @@ def _run(stage: str, config: Config) -> None:
     from crossguard.train.rank_log import rank_log
 
     with rank_log(Path(config.run_dir)) as (terminal, log):
+        from crossguard.train.code_version import check_same_code
         from crossguard.train.ranks import init_ranks, leave_ranks
 
         try:
             ranks = init_ranks()
+            check_same_code(ranks)
             with watchdog.watching(config.train.step_timeout, ranks.rank, terminal, log):
                 _run_stage(stage, config, ranks)
             leave_ranks()

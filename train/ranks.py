@@ -14,14 +14,17 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from crossguard.configs.errors import CrossguardError
+from crossguard.configs.errors import CrossguardError, JobError
 from crossguard.configs.rank_store import STORE_DESCRIPTOR
 
 T = TypeVar("T")
 # Only bounds a hang at the start, where rank 0 may take hours to verify and measure a large set of shards while the
 # others wait. Afterwards the watchdog ends a rank that waits too long, and the launcher the others when a rank is lost.
 TIMEOUT = timedelta(hours=12)
+# All ranks are started together; what answers at the address but is no store of theirs is found out by this.
+JOIN_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,36 @@ def init_ranks() -> Ranks:
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group(backend, timeout=TIMEOUT, **_store())
+    store = _store()
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group(
+        backend, timeout=TIMEOUT, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-def _store() -> dict[str, Any]:
-    """Where the ranks find each other: on the socket that the local launcher has bound for rank 0; otherwise nothing,
-    and torch takes the address from the environment."""
+def _store() -> dist.Store:
+    """Where the ranks find each other: on the socket that the local launcher has bound for rank 0, elsewhere at the
+    address that torchrun's environment names.
+
+    Raises:
+        JobError: another program has the port, or the ranks did not all come.
+    """
     descriptor = os.environ.pop(STORE_DESCRIPTOR, None)
-    if descriptor is None:
-        return {}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    listening = None if rank else int(descriptor)
-    store = dist.TCPStore(address, port, world_size, rank == 0, TIMEOUT, master_listen_fd=listening)
-    return {"store": store, "rank": rank, "world_size": world_size}
+    if descriptor is not None:
+        listening = None if rank else int(descriptor)
+        return dist.TCPStore(address, port, world_size, rank == 0, JOIN_TIMEOUT, master_listen_fd=listening)
+    try:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=JOIN_TIMEOUT))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise JobError(
+                f"port {port}: in use by another program; end it, or have the launcher take another"
+            ) from None
+        raise JobError(f"the ranks did not meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): {error}") from None
+    return store
 
 
 def leave_ranks() -> None:

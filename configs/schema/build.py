@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import at_least, one_of, within
 
-EXECUTORS = ("processes", "ray")
+EXECUTORS = ("processes", "ray", "slurm")
 
 # A split is a folder of the shards.
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -20,9 +20,11 @@ class BuildConfig:
 
     # Processes that write shards at a time, on all machines together; any number writes the same bytes.
     num_workers: int = 2
-    # Where they run: `processes` of this machine, or `ray`, a cluster whose machines share the folders of shards and
-    # media (pip install 'crossguard[ray]').
+    # Where they run: `processes` of this machine, `ray`, a cluster whose machines share the folders of shards and
+    # media (pip install 'crossguard[ray]'), or `slurm`, a job array on machines that share them.
     executor: str = "processes"
+    # Options of sbatch for that array, e.g. ["--partition=cpu", "--mem=8G"].
+    slurm_options: list[str] = field(default_factory=list)
     # The Ray cluster; by default the one that this machine belongs to, else one is started here for the build.
     ray_address: str | None = None
     # Where shards are there already: add shards for the posts that are new. Those that are there stay as they are; a

@@ -1,6 +1,6 @@
-"""Where the work of a build is done: in processes of this machine, or as tasks of a Ray cluster.
+"""Where the work of a build is done: in processes of this machine, as tasks of a Ray cluster, or as a SLURM job array.
 
-Both call the same functions, which write the same bytes. A function is told all it needs by its task; what it leaves
+All call the same functions, which write the same bytes. A function is told all it needs by its task; what it leaves
 behind are files, so that what is done survives the death of any process.
 """
 
@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from crossguard.configs.schema.build import BuildConfig
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_DIED = "a worker process was killed (out of memory?); start again, a build goes on"
+DIED = "a worker process was killed (out of memory?); start again, a build goes on"
 
 
 class Executor(Protocol):
@@ -58,6 +59,12 @@ def open_executor(config: BuildConfig) -> Executor:
     """
     if config.executor == "processes":
         return Processes(config.num_workers)
+    if config.executor == "slurm":
+        from crossguard.data.shards.slurm_array import SlurmArray
+
+        if shutil.which("sbatch") is None:
+            raise UserError("build.executor=slurm: sbatch: not found; build on a machine of the cluster")
+        return SlurmArray(config.num_workers, config.slurm_options)
     if importlib.util.find_spec("ray") is None:
         raise UserError("build.executor=ray: Ray is not installed; pip install 'crossguard[ray]'")
     return RayTasks(config.num_workers, config.ray_address)
@@ -85,7 +92,7 @@ class Processes:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             except BrokenProcessPool:
-                raise JobError(_DIED) from None
+                raise JobError(DIED) from None
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
@@ -113,7 +120,7 @@ class RayTasks:
         paths = [str(path.absolute()) for path in needed]
         with self._cluster() as ray:
             # No retries: what killed one process (memory, above all) would kill the next.
-            remote = ray.remote(num_cpus=1, max_retries=0)(_call_where_seen)
+            remote = ray.remote(num_cpus=1, max_retries=0)(call_where_seen)
             waiting = iter(tasks)
             running: dict[Any, Task] = {}
             try:
@@ -130,7 +137,7 @@ class RayTasks:
                     raise JobError(f"build: a node cannot run it ({what}); install the same crossguard there") from None
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                raise JobError(f"{_DIED} ({type(error).__name__})") from None
+                raise JobError(f"{DIED} ({type(error).__name__})") from None
 
     @contextmanager
     def _cluster(self) -> Iterator[Any]:
@@ -159,12 +166,12 @@ class RayTasks:
             ray.shutdown()
 
 
-def _call_where_seen(function: Callable[[Any], Any], task: Any, needed: list[str]) -> Any:
+def call_where_seen(function: Callable[[Any], Any], task: Any, needed: list[str]) -> Any:
     """Call `function` on a machine of the cluster; a medium that it does not see would look like a missing one."""
     for path in needed:
         if not os.path.exists(path):
             raise JobError(
                 f"build: node {socket.gethostname()} does not see {path}; shards and media must lie in folders that "
-                "all nodes of the Ray cluster share under the same path"
+                "all nodes share under the same path"
             )
     return function(task)

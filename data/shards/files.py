@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def atomic_file(path: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
         path: where the file belongs.
         staging: folder on the same file system for the temporary file; by default the file's own.
     """
-    temporary = (staging or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    temporary = (staging or path.parent) / f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
             yield file

@@ -1,0 +1,207 @@
+"""Ranks on two hosts: torchrun's agent and DeepSpeed's launcher do the training that local ranks do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from launched_job import HERE, Launched, job, losses, wait_for
+from two_hosts import SSH_PORT, Host, ssh_between, two_hosts
+from waiting_loss import wait_in
+
+from crossguard.configs.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
+
+SECRET = "not-for-command-lines"
+
+
+@pytest.fixture(scope="module")
+def folder(launched: Launched, hosts: list[Host]) -> Path:
+    """Of the job; there where there are hosts."""
+    return launched.folder
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts, where this machine can have them."""
+    try:
+        with two_hosts() as hosts:
+            yield hosts
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def expected(launched: Launched, hosts: list[Host]) -> list[float]:
+    """The losses of local ranks."""
+    return launched.expected
+
+
+@pytest.fixture(scope="module")
+def reachable(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which the hosts reach each other over ssh."""
+    try:
+        with ssh_between(hosts, tmp_path_factory.mktemp("ssh")) as environment:
+            yield environment
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+
+
+def torchrun(hosts: list[Host], folder: Path, run_dir: str, *settings: str) -> list[subprocess.Popen[bytes]]:
+    """`crossguard train` on each host."""
+    meeting = ["launcher=torchrun", "launcher.nodes=2", "launcher.num_procs=1"]
+    meeting.append(f"launcher.torchrun.endpoint={hosts[0].address}:29400")
+    return [
+        host.start(
+            [
+                *("crossguard", "train", *job(folder, run_dir, *meeting, *settings)),
+                f"launcher.torchrun.local_addr={host.address}",
+            ],
+            said(folder, run_dir, number),
+            cwd=HERE,
+        )
+        for number, host in enumerate(hosts)
+    ]
+
+
+def said(folder: Path, run_dir: str, host: int) -> Path:
+    """Where a host's command says something."""
+    return folder / f"{run_dir}-{host}.txt"
+
+
+def ended(folder: Path, run_dir: str, processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Their exit statuses; all are ended by then."""
+    try:
+        return [process.wait(150) for process in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n".join(said(folder, run_dir, host).read_text() for host in range(len(processes))))
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_torchrun_on_two_hosts(hosts: list[Host], folder: Path, expected: list[float]) -> None:
+    statuses = ended(folder, "torchrun", torchrun(hosts, folder, "torchrun"))
+    assert statuses == [0, 0], said(folder, "torchrun", 0).read_text()
+    assert losses(folder, "torchrun") == expected
+
+
+@pytest.mark.launchers
+def test_deepspeed_over_ssh(
+    hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = deepspeed(hosts, folder, "deepspeed", reachable)
+    seen: set[str] = set()
+
+    def looked() -> bool:
+        seen.update(_command_lines())
+        return process.poll() is not None
+
+    wait_for(looked, lambda: said(folder, "deepspeed", 0).read_text())
+    assert process.returncode == 0, said(folder, "deepspeed", 0).read_text()
+    assert losses(folder, "deepspeed") == expected
+    assert any("-u -m crossguard.train" in line for line in seen)
+    assert not any(SECRET in line for line in seen)
+    # The ranks had it all the same: rank 0 lives on the host of another ssh session.
+    assert f"KEY={SECRET}" in (folder / "environ.txt").read_text()
+    assert not list((folder / "deepspeed").glob(".environment-*"))
+
+
+def deepspeed(
+    hosts: list[Host], folder: Path, run_dir: str, environment: dict[str, str], *settings: str
+) -> subprocess.Popen[bytes]:
+    """`crossguard train` on the first host, for both."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("# two hosts\n" + "".join(f"{host.address} slots=1\n" for host in hosts))
+    ours = ["launcher=deepspeed", f"launcher.deepspeed.hostfile={hostfile}", f"launcher.deepspeed.ssh_port={SSH_PORT}"]
+    line = ["crossguard", "train", *job(folder, run_dir, *ours, *settings)]
+    # DeepSpeed passes on what Python needs to find modules; what else there is goes through our file.
+    own = {
+        "PYTHONPATH": f"{ROOT / '.dev'}{os.pathsep}{HERE}",
+        "WANDB_API_KEY": SECRET,
+        "WANDB_SHOW": f"{folder}/environ.txt",
+    }
+    return hosts[0].start(line, said(folder, run_dir, 0), cwd=HERE, env=environment | own)
+
+
+def _command_lines() -> Iterator[str]:
+    for process in psutil.process_iter(["cmdline"]):
+        yield " ".join(process.info["cmdline"] or [])
+
+
+@pytest.mark.launchers
+def test_deepspeed_is_stopped_and_goes_on(
+    hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str]
+) -> None:
+    waiting = wait_in(folder / "deepspeed-waits", 1)
+    process = deepspeed(hosts, folder, "stopped", reachable, waiting)
+    text = said(folder, "stopped", 0)
+    wait_for((folder / "deepspeed-waits" / "waiting-0").exists, text.read_text)
+    psutil.Process(process.pid).send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_PREEMPTED, text.read_text()
+    stopped_at = step_of(latest_checkpoint(folder / "stopped"))  # type: ignore[arg-type]
+    assert 0 < stopped_at < len(expected)
+    assert not any("crossguard.train" in line and str(folder) in line for line in _command_lines())
+    process = deepspeed(hosts, folder, "stopped", reachable, waiting)
+    assert process.wait(120) == 0, text.read_text()
+    assert f"going on after step {stopped_at}" in text.read_text()
+    assert losses(folder, "stopped") == expected
+
+
+@pytest.mark.launchers
+def test_torchrun_is_stopped_on_one_host_and_goes_on(hosts: list[Host], folder: Path, expected: list[float]) -> None:
+    waiting = wait_in(folder / "torchrun-waits", 1)
+    processes = torchrun(hosts, folder, "torchrun-stopped", waiting)
+    text = said(folder, "torchrun-stopped", 0)
+    wait_for((folder / "torchrun-waits" / "waiting-0").exists, text.read_text)
+    processes[0].send_signal(signal.SIGTERM)
+    assert ended(folder, "torchrun-stopped", processes) == [EXIT_PREEMPTED, EXIT_PREEMPTED], text.read_text()
+    assert ended(folder, "torchrun-stopped", torchrun(hosts, folder, "torchrun-stopped", waiting)) == [0, 0]
+    assert "train: going on after step" in text.read_text()
+    assert losses(folder, "torchrun-stopped") == expected
+
+
+@pytest.mark.launchers
+def test_torchrun_goes_on_without_a_host_that_died(hosts: list[Host], folder: Path) -> None:
+    elastic = ["launcher.torchrun.min_nodes=1", "launcher.max_restarts=3", "train.restart=true", "train.max_steps=60"]
+    settings = [*elastic, "checkpoint.every_steps=10", "launcher.torchrun.rdzv_conf.last_call_timeout=2"]
+    processes = torchrun(hosts, folder, "elastic", *settings)
+    text, metrics = said(folder, "elastic", 0), folder / "elastic" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 20, text.read_text)
+    # The second host dies: what was started there, and with it its agent and its rank, none of which says goodbye.
+    there = psutil.Process(processes[1].pid).children(recursive=True)
+    assert len(there) >= 2
+    processes[1].kill()
+    assert psutil.wait_procs(there, timeout=10)[1] == []
+    wait_for(lambda: processes[0].poll() is not None, text.read_text, 140)
+    assert processes[0].returncode == 0, text.read_text()
+    assert "train: going on after step" in text.read_text()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 61))
+
+
+@pytest.mark.launchers
+def test_hosts_with_other_code_are_told_apart(
+    hosts: list[Host], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "other" / "crossguard"
+    for floor in ("configs", "data", "launchers", "recipes", "train"):
+        shutil.copytree(ROOT / floor, copy / floor)
+    with (copy / "train" / "loop.py").open("a") as source:
+        source.write("# another version\n")
+    processes = []
+    for number, (host, package) in enumerate(zip(hosts, (ROOT / ".dev", copy.parent), strict=True)):
+        line = ["crossguard", "train", *job(folder, "unequal", "launcher=torchrun", "launcher.nodes=2")]
+        line += [f"launcher.torchrun.endpoint={hosts[0].address}:29400", f"launcher.torchrun.node_rank={number}"]
+        environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{HERE}"}
+        processes.append(host.start(line, said(folder, "unequal", number), cwd=HERE, env=environment))
+    assert ended(folder, "unequal", processes) == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    assert "the ranks run different code" in said(folder, "unequal", 0).read_text()

@@ -1,0 +1,379 @@
+"""`crossguard launch` and its launchers, as far as nothing need run: what would run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from launch_arguments import arguments, printed
+
+from crossguard.configs.arguments import prepare
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_LOST_CONTACT,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    CrossguardError,
+    JobError,
+    Preempted,
+    UserError,
+)
+from crossguard.configs.schema import LauncherConfig
+from crossguard.configs.schema.launcher import DeepspeedConfig, TorchrunConfig
+from crossguard.launchers import deepspeed, sbatch, slurm, torchrun, world_sizes
+from crossguard.launchers.hostfile import chosen, read_hostfile
+from crossguard.launchers.launcher_output import LauncherOutput
+from crossguard.launchers.statuses import OUT_OF_MEMORY, outcome, status_of
+from crossguard.launchers.supervised import restarting
+from crossguard.recipes.launching import launch
+from crossguard.recipes.sweeps import sweep
+
+__all__ = ["arguments"]  # a fixture
+
+
+def test_local_ranks_are_what_run_starts(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(printed(capsys, *arguments, "launcher.num_procs=2"))
+    assert words[1:] == ["-m", "crossguard.recipes.cli", "run", *arguments, "launcher.num_procs=2"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_what_would_run_are_the_stages_in_their_order(
+    launcher: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(capsys, *arguments, f"launcher={launcher}", "launcher.num_procs=2", "description=a b").splitlines()
+    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert [next(word.removeprefix("stage=") for word in words if word in STAGES) for words in commands] == [
+        "build",
+        "train",
+        "evaluate",
+        "export",
+    ]
+    assert all("description=a b" in words for words in commands)
+
+
+STAGES = {"build", "export", "train", "evaluate", "stage=train", "stage=evaluate"}
+
+
+def test_torchrun_s_own_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    elastic = [
+        "launcher.nodes=4",
+        "launcher.torchrun.min_nodes=2",
+        "launcher.max_restarts=3",
+        "launcher.num_procs=2",
+        "train.batch_size=24",
+    ]
+    meeting = ["launcher.torchrun.endpoint=node0:29400", "launcher.torchrun.rdzv_conf={last_call_timeout: 5}"]
+    train = printed(capsys, *arguments, "launcher=torchrun", *elastic, *meeting).splitlines()[1]
+    for expected in (
+        "--nnodes=2:4",
+        "--max-restarts=3",
+        "--nproc-per-node=2",
+        "--rdzv-endpoint=node0:29400",
+        "--rdzv-id=crossguard-train",
+        "--shutdown-timeout=120",
+        "last_call_timeout=5",
+    ):
+        assert expected in train
+    fixed = ["launcher.nodes=2", "launcher.torchrun.node_rank=1", meeting[0]]
+    train = printed(capsys, *arguments, "launcher=torchrun", *fixed).splitlines()[1]
+    assert "--nnodes=2 --rdzv-backend=static --node-rank=1 --master-addr=node0 --master-port=29400" in train
+
+
+def script(text: str) -> str:
+    """What sbatch is given, of what would run."""
+    return text.partition("<<'SCRIPT'\n")[2].partition("SCRIPT\n")[0]
+
+
+def test_the_sbatch_script(arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    settings = [
+        *("launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.grace_seconds=30"),
+        *("launcher.slurm.partition=gpu", "launcher.slurm.account=ours", "launcher.slurm.time=08:00:00"),
+        *("launcher.slurm.modules=[cuda/12.8]", "launcher.environment.NCCL_DEBUG=a b", "launcher.slurm.qos=high"),
+        *("launcher.slurm.options=['--mem=64G']", "description=it's"),
+    ]
+    text = printed(capsys, *arguments, *settings)
+    directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {
+        *("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--account=ours", "--qos=high"),
+        *("--time=08:00:00", "--signal=B:USR1@120", "--requeue", "--mem=64G", f"--chdir={tmp_path}"),
+    } <= set(directives)
+    assert "\nmodule load cuda/12.8\n" in text
+    assert "\nexport NCCL_DEBUG='a b'\n" in text
+    # A shell that runs it gives every word to crossguard as it was given here.
+    echoed = script(text).replace(
+        "-m crossguard.recipes.cli run", "-c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    )
+    done = subprocess.run(
+        ["bash"], input=echoed.replace("module load", ":"), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [*arguments, *prepare(settings).overrides]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("2:30", 150), ("1:00:00", 3600), ("1-2", 93600), ("1-2:30", 95400), ("0-0:0:5", 5), ("soon", None)],
+)
+def test_time_limits_are_read_as_sbatch_does(time: str, seconds: int | None) -> None:
+    assert sbatch._seconds(time) == seconds
+
+
+def test_a_sweep_s_scripts_can_be_pasted(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = ["--multirun", "launcher=slurm", "launcher.gpus_per_node=0", "train.lr=1e-3,1e-4"]
+    text = printed(capsys, *arguments, *settings)
+    program = tmp_path / "sbatch"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\ncat > {tmp_path}/script-$(wc -l < {tmp_path}/called)\necho 7\n'
+    )
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash"], input=text, text=True, env=environment, timeout=20, check=True, stdout=subprocess.DEVNULL)
+    after = "--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes"
+    assert (tmp_path / "called").read_text().splitlines() == ["--parsable", after]
+    assert (tmp_path / "runs" / "My_job" / "launch").is_dir()  # where SLURM writes what the jobs print
+    assert "-m crossguard.recipes.cli build " in (tmp_path / "script-1").read_text()
+    array = (tmp_path / "script-2").read_text()
+    assert "#SBATCH --array=0-1\n" in array
+    assert array.count("train.lr-0.0001") == 1
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (0, False)])
+def test_the_script_has_itself_requeued_where_it_was_preempted(
+    status: int, requeued: bool, arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With programs in the places of crossguard and scontrol; the real ones are tried in test_slurm.py."""
+    text = printed(capsys, *arguments, "launcher=slurm", "launcher.gpus_per_node=0")
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\necho JobState=RUNNING\n')
+    program.chmod(0o755)
+    asked = f"trap 'exit {status}' USR1; kill -USR1 $PPID; while :; do sleep .1; done"
+    lines = [
+        f"bash -c {shlex.quote(asked)} &" if line.endswith('"$@" &') else line for line in script(text).splitlines()
+    ]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=environment, timeout=20, check=False)
+    assert done.returncode == status
+    called = (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
+    assert ("requeue 7" in called) == requeued
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["launcher.nodes=2"], "launcher.nodes=2: launcher=local is this machine"),
+        (["launcher=slrm"], "did you mean 'slurm'"),
+        (["launcher=torchrun", "launcher.nodes=2"], "launcher.torchrun.endpoint: not set"),
+        (["launcher=slurm"], "launcher.gpus_per_node: launcher=slurm needs it; 0 for none"),
+        (
+            ["launcher=slurm", "launcher.gpus_per_node=8", "launcher.num_procs=2"],
+            "each rank takes one",
+        ),
+        (["launcher=slurm", "launcher.gpus_per_node=0", "launcher.slurm.time=00:04:00"], "ask the job to stop at once"),
+        (["launcher=slurm", "launcher.gpus_per_node=3"], "3 ranks do not divide it"),
+        (["launcher=kubernetes", "launcher.gpus_per_node=0"], "launcher.kubernetes.image: not set"),
+        (
+            ["launcher=kubernetes", "launcher.gpus_per_node=0", "launcher.kubernetes.image=x"],
+            "on no volume of launcher.kubernetes.volumes (none is given)",
+        ),
+        (["launcher.environment.WANDB_API_KEY=x"], "WANDB_API_KEY looks like a secret"),
+        (["launcher=deepspeed", "launcher.deepspeed.hostfile=nowhere"], "hostfile=nowhere: No such file"),
+        (["--multirun"], "--multirun: no argument is a sweep"),
+        (["--multirun", "train.lr=interval(0,1)"], "train.lr=interval(0,1): cannot be listed"),
+        (["--dry-runn"], "did you mean '--dry-run'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], settings: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        launch(["--dry-run", *arguments, *settings])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_scheduler_s_programs(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="sbatch: not found; submit from a machine of the cluster"):
+        launch([*arguments, "launcher=slurm", "launcher.gpus_per_node=0"])
+    record = Path("elsewhere") / "launch" / "submitted.json"
+    with pytest.raises(UserError, match="was this job submitted"):
+        launch(["status", "run_dir=elsewhere"])
+    record.parent.mkdir(parents=True)
+    for launcher, program in (("slurm", "squeue"), ("kubernetes", "kubectl")):
+        record.write_text(json.dumps({"launcher": launcher, "jobs": ["7"], "namespace": None}))
+        with pytest.raises(UserError, match=f"^{program}: not found"):
+            launch(["status", "run_dir=elsewhere"])
+    with pytest.raises(UserError, match="did you mean 'status'"):
+        launch(["statsu", "run_dir=elsewhere"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a slots=2\nb 4\n", ":2: 'b 4': must be HOST slots=N"),
+        ("a slots=2\n\nb slots=0\n", ":3: slots=0: must be a whole number from 1"),
+        ("a slots=2x\n", ":1: slots=2x: must be a whole number"),
+        ("a slots=2\n# a\na slots=1\n", ":3: host 'a' stands here twice"),
+        ("# none\n", ": names no host"),
+    ],
+)
+def test_a_wrong_hostfile_names_the_line(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "hostfile"
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_hostfile(file)
+    assert str(error.value).startswith(f"{file}{message}")
+
+
+def test_hosts_and_slots_are_chosen_as_deepspeed_does(tmp_path: Path) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    file = tmp_path / "hostfile"
+    file.write_text("a slots=4  # the first\n\nb slots=2\nc slots=1\n")
+    hosts = read_hostfile(file)
+    counts = {host: len(slots) for host, slots in hosts.items()}
+    for include, exclude in [("b@a:1,3", None), ("c", None), (None, "a:0@b"), (None, None)]:
+        theirs = dict(runner.parse_inclusion_exclusion(counts, include or "", exclude or ""))
+        assert chosen(hosts, include, exclude, str(file)) == theirs
+    for include, message in [("d", "host 'd' is not in"), ("b:2", "b has no slot '2'")]:
+        with pytest.raises(UserError, match=message):
+            chosen(hosts, include, None, str(file))
+    config = LauncherConfig(name="deepspeed", deepspeed=DeepspeedConfig(hostfile=str(file), exclude="c"))
+    assert world_sizes(config) == [6]
+
+
+def test_a_sweep_has_a_run_directory_for_each_job(arguments: list[str]) -> None:
+    jobs, base, build = sweep([*arguments[:2], "train.lr=1e-3,1e-4", "train.batch_size=choice(8,16)", "zero=2"])
+    assert base == Path("runs/tiny-sweep")
+    assert [job[-1] for job in jobs] == [
+        f"run_dir=runs/tiny-sweep/train.lr-{lr}_train.batch_size-{size}"
+        for lr in ("0.001", "0.0001")
+        for size in (8, 16)
+    ]
+    assert all("data.shards=runs/tiny-sweep/shards" in job for job in [*jobs, build or []])
+    # A sweep that decides the shards: each job builds its own.
+    for decides in ("data.limit=10,20", "build.samples_per_shard=10,20", "data.options.a=1,2"):
+        jobs, _, build = sweep([*arguments[:2], decides])
+        assert len(jobs) == 2
+        assert build is None
+        assert not any(word.startswith("data.shards") for job in jobs for word in job)
+    # A seed decides the posts of a generator alone.
+    assert sweep([*arguments[:2], "seed=range(0,3)"])[2] is not None
+    assert sweep(["recipe=quickstart", "seed=range(0,3)"])[2] is None
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "expected"),
+    [
+        (0, False, ""),
+        (0, True, Preempted),
+        (EXIT_USER_ERROR, False, UserError),
+        (EXIT_PREEMPTED, False, Preempted),
+        (EXIT_FAILED, False, JobError),
+        (EXIT_FAILED, True, JobError),
+        (255, False, JobError),  # ssh, without a connection
+        (128 + signal.SIGKILL, False, "a rank was ended by SIGKILL (is memory short?)"),
+        (256 - signal.SIGKILL, False, "a rank was ended by SIGKILL (is memory short?)"),
+        (128 + signal.SIGTERM, False, Preempted),
+        (EXIT_LOST_CONTACT, False, "ranks lost contact with each other"),
+        (EXIT_OUT_OF_MEMORY, False, OUT_OF_MEMORY),
+    ],
+)
+def test_what_another_launcher_s_status_means(status: int, asked: bool, expected: str | type[CrossguardError]) -> None:
+    if isinstance(expected, str):
+        assert outcome(status_of({status}), asked=asked) == expected
+    else:
+        with pytest.raises(expected):
+            outcome(status_of({status}), asked=asked)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stands"),
+    [
+        ({EXIT_USER_ERROR, -signal.SIGKILL}, EXIT_USER_ERROR),
+        ({EXIT_PREEMPTED, EXIT_FAILED}, EXIT_PREEMPTED),
+        ({EXIT_OUT_OF_MEMORY, EXIT_LOST_CONTACT}, EXIT_OUT_OF_MEMORY),
+        ({EXIT_FAILED, EXIT_LOST_CONTACT}, EXIT_FAILED),
+        ({128 + signal.SIGKILL, EXIT_LOST_CONTACT}, 128 + signal.SIGKILL),
+        ({0, EXIT_LOST_CONTACT}, EXIT_LOST_CONTACT),
+        ({0}, 0),
+    ],
+)
+def test_one_status_stands_for_those_of_all_ranks(statuses: set[int], stands: int) -> None:
+    assert status_of(statuses) == stands
+
+
+def test_ranks_are_started_again_as_often_as_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    starts: list[list[str]] = []
+    became = iter([OUT_OF_MEMORY, "lost", OUT_OF_MEMORY, "lost again"])
+
+    def start(arguments: list[str]) -> str:
+        starts.append(arguments)
+        return next(became)
+
+    with pytest.raises(JobError, match=r"lost again \(after 1 restarts\)"):
+        restarting(start, ["stage=train", "train.restart=true"], LauncherConfig(max_restarts=1))
+    assert "crossguard: lost; restart 1 of 1\n" in capsys.readouterr().err
+    assert ["train.restart=false" in arguments for arguments in starts] == [False, True, True, True]
+
+
+def test_only_lost_ranks_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossguard.launchers import agent
+
+    watching = agent.Agent.__new__(agent.Agent)
+    for status, left in [
+        (EXIT_FAILED, 0),
+        (EXIT_USER_ERROR, 0),
+        (EXIT_PREEMPTED, 0),
+        (EXIT_OUT_OF_MEMORY, 4),
+        (EXIT_LOST_CONTACT, 3),
+        (-signal.SIGKILL, 3),
+    ]:
+        result = agent.RunResult(agent.WorkerState.FAILED, failures={0: SimpleNamespace(exitcode=status)})
+        monkeypatch.setattr(agent.LocalElasticAgent, "_monitor_workers", lambda self, group, result=result: result)
+        watching._remaining_restarts = 3
+        watching._monitor_workers(None)
+        assert watching._remaining_restarts == left, status
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint=f"127.0.0.1:{port}"))
+        with pytest.raises(UserError, match=f"another program listens on port {port} of this node"):
+            torchrun._check_port(config)
+        assert slurm.free_port() != port
+    torchrun._check_port(config)
+    # That of another machine is not looked at here.
+    torchrun._check_port(LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint="192.0.2.77:1")))
+
+
+def test_what_srun_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LauncherOutput(tmp_path / "logs" / "srun.log", slurm.OWN, slurm.ENDED, grace_seconds=0) as output:
+        output.hear("train: 6/6 steps")
+        assert not output.overdue()
+        output.hear("srun: error: n2: task 1: Exited with exit code 75")
+        assert output.overdue()
+        output.hear("srun: error: n1: tasks 0,2: Exited with exit code 2")
+    assert capsys.readouterr().err == "train: 6/6 steps\n"
+    assert output.statuses == {EXIT_PREEMPTED, EXIT_USER_ERROR}
+    assert len((tmp_path / "logs" / "srun.log").read_text().splitlines()) == 2
+
+
+def test_what_deepspeed_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LauncherOutput(tmp_path / "log", deepspeed.OWN, deepspeed.ENDED, grace_seconds=0) as output:
+        output.hear("[2026-11-22 07:46:28,570] [ERROR] [launch.py:259:sigkill_handler] exits with return code = 2")
+        output.hear("pdsh@vm: 10.77.0.2: ssh exited with exit code 2")
+        output.hear("crossguard: rank 1: wrong")
+    assert capsys.readouterr().err == "crossguard: rank 1: wrong\n"
+    assert output.statuses == {EXIT_USER_ERROR}
+    assert not output.overdue()  # Others may still be on their way.
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
