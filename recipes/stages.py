@@ -92,6 +92,7 @@ EVALUATE = Stage(
         "model",
         "evaluation.splits",
         "evaluation.min_positives",
+        "evaluation.slices",
         "evaluation.metrics",
         "evaluation.references",
     ),

@@ -43,6 +43,7 @@ def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
         [predictions.languages[row] for row in rows],
         predictions.scores[rows],
         predictions.labels[rows],
+        {name: values[rows] for name, values in predictions.fields.items()},
     )
 
 

@@ -16,10 +16,11 @@ from evaluation_job import ALONE, add_ablation, make_config, make_run
 
 from crossguard.configs.schema import Config, DataConfig
 from crossguard.train.evaluation.findings import Finding, find
+from crossguard.train.evaluation.metrics import worst_groups
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import write_bundle
 
-SECTIONS = ("summary", "training", "policies", "languages", "curves", "lineage", "configuration")
+SECTIONS = ("summary", "training", "policies", "languages", "slices", "curves", "lineage", "configuration")
 VOID = {"meta", "link", "br", "img", "use", "path"}
 
 
@@ -143,7 +144,8 @@ def measured(average_precision: float, auroc: float, languages: dict[str, float]
         for language, value in languages.items()
     }
     spam = {"all": {"n": 200, "positives": 80} | macro, "by_language": cells}
-    return {"policies": {"spam": spam}, "macro": macro, "macro_policy_language": macro}
+    split = {"policies": {"spam": spam}, "macro": macro, "macro_policy_language": macro}
+    return split | {"worst": worst_groups(split["policies"])}
 
 
 def said(config: Config, metrics: dict[str, Any]) -> list[Finding]:
@@ -179,7 +181,10 @@ def test_the_summary_says_what_it_cannot_say(config: Config) -> None:
     few = copy.deepcopy(test)
     few["policies"]["spam"]["by_language"]["de"] = {"n": 4, "positives": 1, "insufficient": True}
     assert any("1 of 2 cells" in finding.text for finding in said(config, {"splits": {"test": few}}))
-    assert any("spam in de, AUROC 0.700" in finding.text for finding in said(config, {"splits": {"test": test}}))
+    assert any(
+        "spam where language is de, AUROC 0.700 beside the mean of 0.950" in finding.text
+        for finding in said(config, {"splits": {"test": test}})
+    )
     synthetic = replace(config, data=DataConfig(source="synthetic"))
     for recipe, warned in [(config, False), (synthetic, True)]:
         findings = said(recipe, {"splits": {"test": test}})

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import at_least, one_of
+from crossguard.configs.suggest import allowed
 
 REFERENCES = ("tfidf_logistic_regression",)
 METRICS = ("average_precision", "auroc", "recall_at_precision_90")
 
 # What a cell of metrics.json says beside its metrics.
-COUNTS = ("n", "positives", "insufficient")
+COUNTS = ("n", "positives", "insufficient", "intervals")
+
+# Fields of a post that slices may name; those that end in a dot are objects, and a key follows.
+SLICE_FIELDS = (
+    "language",
+    "modality",
+    "region",
+    "source",
+    "licence",
+    "group",
+    "created_at",
+    "consent",
+    "meta.",
+    "severity.",
+)
 
 
 @dataclass
@@ -28,6 +44,9 @@ class EvaluationConfig:
     batch_size: int = 64
     # A cell (policy, or policy × language) with fewer positives or fewer negatives is reported as insufficient.
     min_positives: int = 10
+    # Beside languages, the groups that every metric is computed for: fields of the post (region, modality, source,
+    # meta.KEY, severity.POLICY, …), several joined by + for their combinations.
+    slices: list[str] = field(default_factory=lambda: ["region", "modality", "language+region+modality"])
     # Further metrics of your own, `module:function` with (labels, scores) -> float; reported under the function's name.
     metrics: list[str] = field(default_factory=list)
     # Simple models fitted on the same training split and shown beside: tfidf_logistic_regression.
@@ -38,6 +57,12 @@ class EvaluationConfig:
         at_least("evaluation.max_validation_posts", self.max_validation_posts, 1)
         at_least("evaluation.batch_size", self.batch_size, 1)
         at_least("evaluation.min_positives", self.min_positives, 1)
+        for name in slice_fields(self.slices):
+            whole, _, key = name.partition(".")
+            if (f"{whole}." if key else name) not in SLICE_FIELDS:
+                raise UserError(
+                    f"evaluation.slices: '{name}': {allowed(name, SLICE_FIELDS)} (meta.KEY, severity.POLICY)"
+                )
         for name in self.references:
             one_of("evaluation.references", name, REFERENCES)
         taken = [*METRICS, *COUNTS]
@@ -48,6 +73,11 @@ class EvaluationConfig:
             if name in taken:
                 raise UserError(f"evaluation.metrics: {spec}: the name '{name}' is taken; rename the function")
             taken.append(name)
+
+
+def slice_fields(slices: Iterable[str]) -> list[str]:
+    """The fields that slices are made of, each once."""
+    return list(dict.fromkeys(name for slice_name in slices for name in slice_name.split("+")))
 
 
 def check_metric(path: str, policies: list[str], own: list[str]) -> None:

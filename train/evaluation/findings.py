@@ -32,7 +32,8 @@ def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) 
         found += _against_references(metrics, split) + _against_ablations(metrics, split)
     for name, measured in metrics["splits"].items():
         found += _new_languages(name, measured, train_languages)
-    found += _weakest_cell(metrics["splits"][split]) + _insufficient(metrics["splits"][split], split, config)
+    found += _weakest_group(metrics["splits"][split]) + _widest_gap(metrics["splits"][split])
+    found += _insufficient(metrics["splits"][split], split, config)
     if config.data.source == "synthetic":
         found.append(
             Finding(
@@ -123,18 +124,39 @@ def _new_languages(split: str, measured: Mapping[str, Any], train_languages: set
     return [Finding("good", f"Languages that training never saw, in split {split}: {listed}.")]
 
 
-def _weakest_cell(measured: Mapping[str, Any]) -> list[Finding]:
-    cells = [
-        (cell["auroc"], policy, language, cell)
-        for policy, results in measured["policies"].items()
-        for language, cell in results["by_language"].items()
-        if "auroc" in cell
-    ]
-    if len(cells) < 2:
+def _weakest_group(measured: Mapping[str, Any]) -> list[Finding]:
+    worst = measured.get("worst", {}).get("auroc")
+    if worst is None:
         return []
-    value, policy, language, cell = min(cells, key=lambda one: one[:3])
-    text = f"Weakest of the measured cells: {policy} in {language}, AUROC {value:.3f} "
-    return [Finding("note", text + f"({cell['positives']:,} positives among {cell['n']:,} known labels).")]
+    mean = measured["macro"]["auroc"] if "macro" in measured else None
+    interval = "–".join(f"{end:.3f}" for end in worst.get("interval", ()))
+    text = (
+        f"Weakest of the groups that could be measured: {worst['policy']} where {worst['slice']} is {worst['group']}, "
+        f"AUROC {worst['value']:.3f}{f' (95 % interval {interval})' if interval else ''}"
+        f"{f' beside the mean of {mean:.3f}' if mean is not None else ''}; "
+        f"{worst['positives']:,} positives among {worst['n']:,} known labels."
+    )
+    return [Finding("note", text)]
+
+
+def _widest_gap(measured: Mapping[str, Any]) -> list[Finding]:
+    """The widest gap of false positives that is more than chance."""
+    gaps = [
+        (gap, policy, name)
+        for policy, result in measured["policies"].items()
+        for name, gap in result.get("false_positive_gap", {}).get("by", {}).items()
+        if gap["interval"][0] > 0
+    ]
+    if not gaps:
+        return []
+    gap, policy, name = max(gaps, key=lambda one: one[0]["gap"])
+    rates = {end: gap["groups"][gap[end]]["rate"] for end in ("highest", "lowest")}
+    text = (
+        f"Benign posts are not treated alike: at a threshold that flags 5 % of all benign posts, {policy} flags "
+        f"{rates['highest']:.1%} of them where {in_words(name)} is {gap['highest']} and {rates['lowest']:.1%} where it "
+        f"is {gap['lowest']}."
+    )
+    return [Finding("bad", text)]
 
 
 def _insufficient(measured: Mapping[str, Any], split: str, config: Config) -> list[Finding]:

@@ -27,6 +27,7 @@ from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.scoring import score_split
+from crossguard.train.evaluation.slices import read_fields
 from crossguard.train.evaluation.splits import TRAIN, evaluated_splits
 from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
@@ -37,6 +38,8 @@ from crossguard.train.trained import load_trained
 # What the run's own model is called beside its ablations and references.
 MODEL = "this model"
 Scored = dict[str, Predictions]
+# id -> field -> value.
+Fields = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,14 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
         check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
         posts = _open_posts(config, ranks)
         watchdog.arm()
-        scored = {MODEL: _score(run_dir, checkpoint, config.model, config, posts, ranks)}
+        fields = _read_fields(config, posts, ranks)
+        scored = {MODEL: _score(run_dir, checkpoint, config.model, config, posts, fields, ranks)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
         for folder in ablations:
             model = load_config(folder / "config.yaml").model
-            scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, ranks)
+            scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, fields, ranks)
         if ranks.is_first:
             _measure(run_dir, checkpoint, config, posts, scored, [folder.name for folder in ablations])
 
@@ -91,8 +95,24 @@ def _open_posts(config: Config, ranks: Ranks) -> Posts:
     return Posts(folder, taxonomy, readers, rows, splits)
 
 
+def _read_fields(config: Config, posts: Posts, ranks: Ranks) -> dict[str, Fields]:
+    """What slices need to know about the posts of each split; every rank reads its share."""
+    found: dict[str, Fields] = {}
+    for split in posts.splits:
+        own = posts.rows[split][ranks.rank :: ranks.world_size]
+        parts = ranks.gather(read_fields(posts.readers[split], own, config.evaluation.slices))
+        found[split] = {post: fields for part in parts for post, fields in part.items()}
+    return found
+
+
 def _score(
-    run_dir: Path, checkpoint: Path, model_config: ModelConfig, config: Config, posts: Posts, ranks: Ranks
+    run_dir: Path,
+    checkpoint: Path,
+    model_config: ModelConfig,
+    config: Config,
+    posts: Posts,
+    fields: dict[str, Fields],
+    ranks: Ranks,
 ) -> Scored:
     """Predictions of the checkpoint in `run_dir` on every split; rank 0 writes them there."""
     encode = PostEncoder(model_config, posts.taxonomy)
@@ -100,7 +120,7 @@ def _score(
     refused: list[dict[str, Any]] = []
     scored = {}
     for split in posts.splits:
-        scored[split] = score_split(
+        predictions = score_split(
             model,
             encode,
             posts.readers[split],
@@ -111,6 +131,7 @@ def _score(
             on_refused=refused.append,
             title=f"evaluate {run_dir.name} on {split}",
         )
+        scored[split] = predictions.with_fields(fields[split])
         if ranks.is_first:
             scored[split].write(run_dir / "predictions" / f"{split}.parquet")
     everyone = list(itertools.chain(*ranks.gather(refused)))
@@ -138,7 +159,7 @@ def _measure(
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
     metrics: dict[str, Any] = {
-        "splits": _metrics(scored[MODEL], config),
+        "splits": _metrics(scored[MODEL], config, in_detail=True),
         "checkpoint": {"step": step_of(checkpoint)},
         "shards": posts.folder.manifest.sha256,
     }
@@ -155,8 +176,11 @@ def _measure(
     write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
 
 
-def _metrics(scored: Scored, config: Config) -> dict[str, Any]:
-    return {split: evaluate_predictions(predictions, config.evaluation) for split, predictions in scored.items()}
+def _metrics(scored: Scored, config: Config, *, in_detail: bool = False) -> dict[str, Any]:
+    return {
+        split: evaluate_predictions(predictions, config.evaluation, in_detail=in_detail)
+        for split, predictions in scored.items()
+    }
 
 
 def _beside(scored: Scored, config: Config) -> dict[str, Any]:
