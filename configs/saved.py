@@ -25,6 +25,7 @@ PATHS = (
     "data.cache.dir",
     "data.media_dir",
     "data.mixing.datasets",
+    "evaluation.against",
     "model.text.pretrained",
     "model.text.tokenizer",
     "model.image.pretrained",

@@ -53,6 +53,18 @@ def trained(job: Job) -> Hashes:
     return hashes
 
 
+def evaluated_on(job: Job) -> Hashes:
+    """Shards, checkpoints, and the predictions of the run that they are compared with."""
+    hashes = trained(job)
+    if job.config.evaluation.against is not None:
+        earlier = Path(job.config.evaluation.against) / "predictions"
+        files = sorted(earlier.glob("*.parquet"))
+        if not files:
+            raise UserError(f"evaluation.against: {earlier}: no predictions; run `crossguard evaluate` there first")
+        hashes |= {f"against/{file.name}": _hash(file) for file in files}
+    return hashes
+
+
 def report(job: Job) -> Hashes:
     """Figures and predictions."""
     files = [job.run_dir / "report" / name for name in ("metrics.json", "report.html")]

@@ -66,6 +66,13 @@ def shards(argv: list[str]) -> None:
     use_tool(argv)
 
 
+def report(argv: list[str]) -> None:
+    """Tools for reports."""
+    from crossguard.recipes.report_tools import report as use_tool
+
+    use_tool(argv)
+
+
 def recipes(argv: list[str]) -> None:
     """The recipes that can be named from here."""
     _no_arguments("recipes", argv)

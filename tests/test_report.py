@@ -20,7 +20,18 @@ from crossguard.train.evaluation.metrics import worst_groups
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import write_bundle
 
-SECTIONS = ("summary", "training", "policies", "languages", "slices", "curves", "lineage", "configuration")
+SECTIONS = (
+    "summary",
+    "training",
+    "policies",
+    "languages",
+    "slices",
+    "curves",
+    "calibration",
+    "thresholds",
+    "lineage",
+    "configuration",
+)
 VOID = {"meta", "link", "br", "img", "use", "path"}
 
 

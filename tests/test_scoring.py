@@ -129,7 +129,8 @@ def test_the_stage_writes_what_the_contract_says(evaluated: Config) -> None:
     metrics = json.loads((run_dir / "report" / "metrics.json").read_text())
     assert set(metrics["splits"]) == {"validation", "test"}
     test = metrics["splits"]["test"]
-    assert set(test) == {"policies", "macro", "macro_policy_language", "worst"}
+    assert set(test) == {"policies", "macro", "macro_policy_language", "worst", "calibration", "actions"}
+    assert set(metrics["decisions"]) == {"fitted_on", "promises", "calibration", "thresholds"}
     assert {"all", "by_language", "by_slice"} <= set(test["policies"]["spam"])
     assert set(test["policies"]["spam"]["by_slice"]["modality"]) == {"text", "image", "text+image"}
     assert {"n", "positives", "average_precision", "auroc"} <= set(test["policies"]["spam"]["all"])

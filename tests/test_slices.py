@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from build_job import build, make_config, write_lines
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_metrics import make_predictions, take
+from test_metrics import make_predictions
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import EvaluationConfig
@@ -59,7 +59,7 @@ def test_every_group_of_every_slice_is_measured_as_it_would_be_alone() -> None:
                 parts = dict(zip(name.split("+"), group.split("+"), strict=True))
                 columns = {"language": np.array(predictions.languages), **predictions.fields}
                 rows = np.all([columns[key] == value for key, value in parts.items()], axis=0)
-                alone = evaluate_predictions(take(predictions, np.flatnonzero(rows)), config, in_detail=True)
+                alone = evaluate_predictions(predictions.take(np.flatnonzero(rows)), config, in_detail=True)
                 assert cell == alone["policies"][policy]["all"]
                 assert cell["intervals"]["auroc"][0] < cell["auroc"] < cell["intervals"]["auroc"][1]
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.schema.actions import ALLOW, ActionConfig, default_actions
 from crossguard.configs.schema.checks import at_least, one_of
 from crossguard.configs.suggest import allowed
 
+CALIBRATIONS = ("auto", "none", "temperature", "platt", "isotonic")
 REFERENCES = ("tfidf_logistic_regression",)
 METRICS = ("average_precision", "auroc", "recall_at_precision_90")
 
@@ -47,8 +49,19 @@ class EvaluationConfig:
     # Beside languages, the groups that every metric is computed for: fields of the post (region, modality, source,
     # meta.KEY, severity.POLICY, …), several joined by + for their combinations.
     slices: list[str] = field(default_factory=lambda: ["region", "modality", "language+region+modality"])
+    # How scores become probabilities, per policy and language, from the validation split: temperature, platt,
+    # isotonic, auto for the one that predicts held-out validation posts best, or none.
+    calibration: str = "auto"
+    # Action -> what it promises, the most severe first: {remove: {precision: 0.95}, human_review: {recall: 0.8}}. Each
+    # policy and language gets its own threshold, or none where the validation posts cannot support the promise.
+    # `allow` is what is left. An action set to null is dropped.
+    actions: dict[str, ActionConfig | None] = field(default_factory=default_actions)
     # Further metrics of your own, `module:function` with (labels, scores) -> float; reported under the function's name.
     metrics: list[str] = field(default_factory=list)
+    # An earlier run's directory to compare with: `crossguard evaluate` fails (status 1) where a group got worse.
+    against: str | None = None
+    # How much worse, in average precision or AUROC, a group may get; beyond that, and beyond chance, it counts.
+    margin: float = 0.02
     # Simple models fitted on the same training split and shown beside: tfidf_logistic_regression.
     references: list[str] = field(default_factory=list)
 
@@ -57,6 +70,7 @@ class EvaluationConfig:
         at_least("evaluation.max_validation_posts", self.max_validation_posts, 1)
         at_least("evaluation.batch_size", self.batch_size, 1)
         at_least("evaluation.min_positives", self.min_positives, 1)
+        at_least("evaluation.margin", self.margin, 0)
         for name in slice_fields(self.slices):
             whole, _, key = name.partition(".")
             if (f"{whole}." if key else name) not in SLICE_FIELDS:
@@ -65,6 +79,10 @@ class EvaluationConfig:
                 )
         for name in self.references:
             one_of("evaluation.references", name, REFERENCES)
+        one_of("evaluation.calibration", self.calibration, CALIBRATIONS)
+        for name in self.actions:
+            if name == ALLOW or not name.isidentifier():
+                raise UserError(f"evaluation.actions.{name}: choose another name, of letters, digits and underscores")
         taken = [*METRICS, *COUNTS]
         for spec in self.metrics:
             name = spec.partition(":")[2]

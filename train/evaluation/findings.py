@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crossguard.configs.schema import Config
+from crossguard.train.evaluation.compare import in_words as worse_in_words
 
 # Differences of average precision or AUROC below this are called level.
 LEVEL = 0.01
@@ -34,6 +35,7 @@ def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) 
         found += _new_languages(name, measured, train_languages)
     found += _weakest_group(metrics["splits"][split]) + _widest_gap(metrics["splits"][split])
     found += _insufficient(metrics["splits"][split], split, config)
+    found += _decisions(config, metrics, split) + _against_earlier(metrics)
     if config.data.source == "synthetic":
         found.append(
             Finding(
@@ -83,6 +85,16 @@ def _against_references(metrics: Mapping[str, Any], split: str) -> list[Finding]
         else:
             found.append(Finding("good", f"The model beats its reference, {in_words(name)} {numbers}."))
     return found
+
+
+def _against_earlier(metrics: Mapping[str, Any]) -> list[Finding]:
+    if "against" not in metrics:
+        return []
+    earlier, margin, worse = (metrics["against"][name] for name in ("run", "margin", "worse"))
+    if not worse:
+        return [Finding("good", f"No group is worse than in the earlier run {earlier}, by more than {margin:g}.")]
+    text = f"Worse than the earlier run {earlier} by more than {margin:g}: {worse_in_words(worse[0])}"
+    return [Finding("bad", f"{text}{f', and {len(worse) - 1} more' if len(worse) > 1 else ''}.")]
 
 
 def _against_ablations(metrics: Mapping[str, Any], split: str) -> list[Finding]:
@@ -157,6 +169,50 @@ def _widest_gap(measured: Mapping[str, Any]) -> list[Finding]:
         f"is {gap['lowest']}."
     )
     return [Finding("bad", text)]
+
+
+def _decisions(config: Config, metrics: Mapping[str, Any], split: str) -> list[Finding]:
+    """Actions that cannot be promised, and promises that the split contradicts."""
+    if "decisions" not in metrics:
+        text = "No calibration and no thresholds: they are found on the validation split, which was not evaluated."
+        return [Finding("note", text)]
+    found = []
+    for action, promise in metrics["decisions"]["promises"].items():
+        places = {
+            (policy, language): one[action]
+            for policy, languages in metrics["decisions"]["thresholds"].items()
+            for language, one in languages.items()
+        }
+        kept = sum(threshold["above"] is not None for threshold in places.values())
+        if kept < len(places):
+            text = (
+                f"Action {in_words(action)} ({promise}): the labels of the validation split support it in {kept} of "
+                f"{len(places)} cells (policy × language); in the others it is not taken."
+            )
+            found.append(Finding("note" if kept else "bad", text))
+        if broken := _broken(config, metrics["splits"][split], action):
+            text = (
+                f"Action {in_words(action)} promised {promise} and misses it on split {split} in {', '.join(broken)}, "
+                "beyond chance: the split is unlike the validation split, or one of the promises that may fail did."
+            )
+            found.append(Finding("bad", text))
+    return found
+
+
+def _broken(config: Config, measured: Mapping[str, Any], action: str) -> list[str]:
+    """Policies and languages whose interval lies below what was promised."""
+    target = config.evaluation.actions.get(action)
+    if target is None:
+        return []
+    name, value = ("precision", target.precision) if target.precision is not None else ("recall", target.recall)
+    if value is None:
+        return []
+    return [
+        f"{policy} in {language}"
+        for policy, actions in measured.get("actions", {}).items()
+        for language, cell in actions.get(action, {}).get("by_language", {}).items()
+        if name in cell and cell[name]["interval"][1] < value
+    ]
 
 
 def _insufficient(measured: Mapping[str, Any], split: str, config: Config) -> list[Finding]:

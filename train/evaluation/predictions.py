@@ -46,6 +46,18 @@ class Predictions:
         _, rows = np.unique(ids, return_index=True)
         return cls(tuple(policies), list(ids[rows]), list(languages[rows]), scores[rows], labels[rows])
 
+    def take(self, rows: Sequence[int]) -> Predictions:
+        """Some of the posts, in this order."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return Predictions(
+            self.policies,
+            [self.ids[row] for row in chosen],
+            [self.languages[row] for row in chosen],
+            self.scores[chosen],
+            self.labels[chosen],
+            {name: values[chosen] for name, values in self.fields.items()},
+        )
+
     def with_fields(self, fields: Mapping[str, Mapping[str, str]]) -> Predictions:
         """The same with fields of the posts, given as id -> name -> value."""
         names = list(next(iter(fields.values()), {}))
@@ -53,8 +65,8 @@ class Predictions:
         columns = {name: np.array([one.get(name, NONE) for one in of_posts], dtype=object) for name in names}
         return replace(self, fields=columns)
 
-    def write(self, path: Path) -> None:
-        """Write the rows to `path`: complete or not at all."""
+    def write(self, path: Path, further: Mapping[str, pa.Array] | None = None) -> None:
+        """Write the rows to `path`, with `further` columns: complete or not at all."""
         columns: dict[str, pa.Array] = {
             "id": pa.array(self.ids, pa.string()),
             "language": pa.array(self.languages, pa.string()),
@@ -65,6 +77,7 @@ class Predictions:
             columns[LABEL + policy] = pa.array(self.labels[:, column], pa.float32(), from_pandas=True)
         for name, values in self.fields.items():
             columns[SLICE + name] = pa.array(list(values), pa.string())
+        columns |= further or {}
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), buffer)

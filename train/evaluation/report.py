@@ -18,6 +18,7 @@ from crossguard.data.shards.manifest import Manifest
 from crossguard.train.evaluation.findings import find, in_words, primary_split
 from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
 from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -92,6 +93,9 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "heat_maps": {name: heat_map(measured, "language") for name, measured in _ordered(metrics, split)},
         "slices": slice_maps(metrics["splits"][split]),
         "gaps": gap_rows(metrics["splits"][split]),
+        "reliability": diagrams(metrics["splits"][split]),
+        "calibration": calibration_rows(metrics["splits"][split]),
+        "thresholds": threshold_rows(metrics, split),
         "train_languages": train_languages,
         "curves": _curve_panels(evaluated, split),
         "manifest": manifest,

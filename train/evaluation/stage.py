@@ -5,53 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain, load_config
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import watchdog
 from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
-from crossguard.train.evaluation.metrics import evaluate_predictions
-from crossguard.train.evaluation.predictions import Predictions
-from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
-from crossguard.train.evaluation.report import Evaluated, write_report
+from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
-from crossguard.train.evaluation.splits import TRAIN, evaluated_splits
+from crossguard.train.evaluation.splits import evaluated_splits
 from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
 from crossguard.train.trained import load_trained
 
-# What the run's own model is called beside its ablations and references.
-MODEL = "this model"
-Scored = dict[str, Predictions]
 # id -> field -> value.
 Fields = dict[str, dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Posts:
-    """The splits of a set of shards, and the rows of each that may be read."""
-
-    folder: ShardFolder
-    taxonomy: Taxonomy
-    readers: dict[str, ShardReader]
-    rows: dict[str, np.ndarray]
-    # The splits that are scored.
-    splits: list[str]
 
 
 def run_evaluation(config: Config, ranks: Ranks) -> None:
@@ -79,7 +57,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             model = load_config(folder / "config.yaml").model
             scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, fields, ranks)
         if ranks.is_first:
-            _measure(run_dir, checkpoint, config, posts, scored, [folder.name for folder in ablations])
+            measure(run_dir, step_of(checkpoint), config, posts, scored, [folder.name for folder in ablations])
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
@@ -149,42 +127,3 @@ def _quarantine(file: Path, refused: list[dict[str, Any]]) -> None:
         if json.dumps(post, ensure_ascii=False) not in named:
             log.write(post)
     log.close()
-
-
-def _measure(
-    run_dir: Path, checkpoint: Path, config: Config, posts: Posts, scored: dict[str, Scored], ablations: list[str]
-) -> None:
-    """Rank 0: metrics.json and report.html, from the predictions alone."""
-    references: dict[str, Scored] = {}
-    for name in config.evaluation.references:
-        references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
-    metrics: dict[str, Any] = {
-        "splits": _metrics(scored[MODEL], config, in_detail=True),
-        "checkpoint": {"step": step_of(checkpoint)},
-        "shards": posts.folder.manifest.sha256,
-    }
-    if ablations:
-        metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
-    if references:
-        fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
-        metrics["references"] = {
-            name: fitted_on | _beside(predictions, config) for name, predictions in references.items()
-        }
-    file = run_dir / "report" / "metrics.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
-    write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
-
-
-def _metrics(scored: Scored, config: Config, *, in_detail: bool = False) -> dict[str, Any]:
-    return {
-        split: evaluate_predictions(predictions, config.evaluation, in_detail=in_detail)
-        for split, predictions in scored.items()
-    }
-
-
-def _beside(scored: Scored, config: Config) -> dict[str, Any]:
-    """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
-    splits = _metrics(scored, config)
-    shown = splits.get("test") or next(iter(splits.values()))
-    return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}
