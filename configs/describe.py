@@ -50,8 +50,10 @@ def _fields(group: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
-        return [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]  # type: ignore[arg-type]
-    return value
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
 def _origins(composed: Composition) -> dict[str, str]:

@@ -25,6 +25,8 @@ PATHS = (
     "data.cache.dir",
     "data.media_dir",
     "data.mixing.datasets",
+    "evaluation.against",
+    "evaluation.suite",
     "model.text.pretrained",
     "model.text.tokenizer",
     "model.image.pretrained",

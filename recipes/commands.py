@@ -74,6 +74,20 @@ def shards(argv: list[str]) -> None:
     use_tool(argv)
 
 
+def report(argv: list[str]) -> None:
+    """Tools for reports."""
+    from crossguard.recipes.report_tools import report as use_tool
+
+    use_tool(argv)
+
+
+def prevalence(argv: list[str]) -> None:
+    """Which posts to label, and what their labels say about all."""
+    from crossguard.recipes.prevalence_tools import prevalence as use_tool
+
+    use_tool(argv)
+
+
 def recipes(argv: list[str]) -> None:
     """The recipes that can be named from here."""
     _no_arguments("recipes", argv)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from crossguard.configs.errors import UserError
+import json
+
+from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain
 from crossguard.launchers import launch, world_sizes
 from crossguard.recipes.job import Job
 from crossguard.train.checkpoint_folder import checkpoint_folders, latest_checkpoint, read_state
+
+# Groups that got worse, in the message of a failed comparison.
+MOST_LISTED = 5
 
 
 def build(job: Job) -> None:
@@ -50,6 +55,8 @@ def evaluate(job: Job) -> None:
     _need_checkpoint(job, "evaluate")
     launch(["stage=evaluate", *job.arguments], job.config.launcher, job.config.train.batch_size, job.run_dir)
     print(f"evaluate: report -> {job.run_dir / 'report' / 'report.html'}", flush=True)
+    if job.config.evaluation.against is not None:
+        _check_not_worse(job)
 
 
 def export(job: Job) -> None:
@@ -97,6 +104,22 @@ def check_splits(job: Job, *, training: bool = False) -> None:
         check_trained_splits(job.config, manifest)
     if not training or job.config.evaluation.splits:
         evaluated_splits(job.config, manifest)
+
+
+def _check_not_worse(job: Job) -> None:
+    """End the job where a group got worse than in the run that it is compared with."""
+    from crossguard.train.evaluation.compare import in_words
+
+    metrics = json.loads((job.run_dir / "report" / "metrics.json").read_text(encoding="utf-8"))
+    worse, against = metrics["against"]["worse"], job.config.evaluation.against
+    if worse:
+        listed = "; ".join(in_words(one) for one in worse[:MOST_LISTED])
+        more = f"; and {len(worse) - MOST_LISTED} more" if len(worse) > MOST_LISTED else ""
+        raise JobError(
+            f"evaluate: worse than {against} by more than evaluation.margin={job.config.evaluation.margin:g}: "
+            f"{listed}{more}; see the report"
+        )
+    print(f"evaluate: no group is worse than in {against}", flush=True)
 
 
 def _need_checkpoint(job: Job, stage: str) -> None:

@@ -70,7 +70,8 @@ def test_the_metrics_have_the_contract_s_shape_and_count_known_labels(workspace:
     assert "macro" in metrics["references"]["tfidf_logistic_regression"]
     cell = metrics["splits"]["test"]["policies"]["insult"]["all"]
     table = pq.read_table(run_dir / "predictions" / "test.parquet")
-    assert table.column_names == ["id", "language", "score.spam", "score.insult", "label.spam", "label.insult"]
+    contract = ["id", "language", "score.spam", "score.insult", "label.spam", "label.insult"]
+    assert table.column_names == [*contract, "slice.modality", "slice.region"]
     known = table["label.insult"].drop_null().to_pylist()
     assert 0 < len(known) < len(table)
     assert (cell["n"], cell["positives"]) == (len(known), sum(label >= 0.5 for label in known))

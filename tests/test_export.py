@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import write_posts
@@ -18,9 +19,11 @@ from safetensors.torch import load_file
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config, DataConfig
+from crossguard.configs.schema.actions import ActionConfig
 from crossguard.configs.schema.model import TextEncoderConfig
 from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import best_or_latest
+from crossguard.train.evaluation.decisions import Decisions
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import load_bundle, write_bundle
@@ -32,6 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run that was evaluated and exported."""
     folder = tmp_path_factory.mktemp("export")
     config = make_config(write_posts(folder / "posts"), folder / "run")
+    config.evaluation.actions = {"look_at": ActionConfig(recall=0.5, delta=0.3)}
     make_run(config)
     run_evaluation(config, ALONE)
     write_bundle(config, folder / "run")
@@ -58,7 +62,7 @@ def predict_lines(config: Config, posts: list[dict[str, Any]], name: str) -> tup
 def test_the_bundle_holds_whole_weights_and_no_absolute_path(config: Config) -> None:
     bundle = bundle_of(config)
     expected = {"model.safetensors", "config.json", "tokenizer", "taxonomy.json", "card.md", "manifest.json"}
-    assert {file.name for file in bundle.iterdir()} == expected
+    assert {file.name for file in bundle.iterdir()} == expected | {"decisions.json"}
     weights, trained = load_file(bundle / "model.safetensors"), load_weights(best_or_latest(Path(config.run_dir)))
     assert weights.keys() == trained.keys()
     assert all(torch.equal(weights[name], trained[name]) for name in trained)
@@ -80,6 +84,24 @@ def test_predicting_gives_the_scores_of_the_evaluation(config: Config) -> None:
         np.testing.assert_array_equal(predicted.labels[same], evaluated.labels)
         assert [predicted.languages[row] for row in same] == evaluated.languages
     assert not [path.name for path in output.parent.iterdir() if path.name.startswith((".predict", "all.parquet."))]
+
+
+def test_predicting_decides_as_the_evaluation_s_thresholds_say(config: Config) -> None:
+    output = Path(config.run_dir) / "decided.parquet"
+    predict(bundle_of(config), config.data, output, batch_size=64)
+    table, predicted = pq.read_table(output), Predictions.read(output)
+    decisions = json.loads((Path(config.run_dir) / "report" / "metrics.json").read_text())["decisions"]
+    assert decisions["calibration"]["spam"]["languages"].keys() <= set(predicted.languages)
+    kept = 0
+    for column, policy in enumerate(predicted.policies):
+        probabilities, actions = table[f"calibrated.{policy}"].to_pylist(), table[f"action.{policy}"].to_pylist()
+        assert np.abs(np.array(probabilities) - predicted.scores[:, column]).max() > 0.01
+        for score, language, action in zip(predicted.scores[:, column], predicted.languages, actions, strict=True):
+            above = decisions["thresholds"][policy][language]["look_at"]["above"]
+            kept += above is not None
+            assert action == (None if above is None else "look_at" if score > above else "allow")
+    assert kept
+    assert {"fitted_on": "validation"} | load_bundle(bundle_of(config)).decisions.to_json() == decisions
 
 
 def test_labels_may_be_absent(config: Config) -> None:
@@ -161,6 +183,8 @@ def test_the_card_says_what_was_measured_and_on_which_step(config: Config) -> No
     finally:
         metrics.write_text(json.dumps(measured))
     assert "figures are of step 2, not of this model" in (again / "card.md").read_text()
+    # Thresholds of another step are not those of this one.
+    assert load_bundle(again).decisions == Decisions({}, {}, {})
 
 
 def test_a_pretrained_encoder_is_rebuilt_without_its_hub(tmp_path: Path) -> None:
@@ -187,7 +211,7 @@ def test_a_pretrained_encoder_is_rebuilt_without_its_hub(tmp_path: Path) -> None
     assert str(tmp_path) not in (bundle / "config.json").read_text()
     # A bundle is copied to where it serves; it must not look for anything beside it.
     moved = bundle.rename(tmp_path / "served")
-    model, encode, taxonomy = load_bundle(moved)
+    model, encode, taxonomy, _ = load_bundle(moved)
     assert taxonomy.names == ("spam", "insult")
     assert encode.tokenizer.vocab_size == words.get_vocab_size()
     assert not model.training

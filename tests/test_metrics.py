@@ -35,17 +35,6 @@ def make_predictions(count: int, seed: int = 0) -> Predictions:
     )
 
 
-def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
-    """Some rows, in this order."""
-    return Predictions(
-        predictions.policies,
-        [predictions.ids[row] for row in rows],
-        [predictions.languages[row] for row in rows],
-        predictions.scores[rows],
-        predictions.labels[rows],
-    )
-
-
 def test_cells_are_those_of_scikit_learn_on_the_known_labels() -> None:
     predictions = make_predictions(300)
     measured = evaluate_predictions(predictions, EvaluationConfig(min_positives=5))
@@ -80,7 +69,7 @@ def test_few_negatives_are_insufficient_too_and_a_mean_over_nothing_is_absent() 
     assert measured["policies"]["hate"]["all"] == {"n": 40, "positives": 38, "insufficient": True}
     assert "macro" not in measured
     assert "macro_policy_language" not in measured
-    nothing = evaluate_predictions(take(predictions, np.array([], dtype=int)), EvaluationConfig())
+    nothing = evaluate_predictions(predictions.take(np.array([], dtype=int)), EvaluationConfig())
     assert nothing == {
         "policies": {
             policy: {"all": {"n": 0, "positives": 0, "insufficient": True}, "by_language": {}} for policy in POLICIES
@@ -101,11 +90,11 @@ def test_unknown_labels_change_nothing(seed: int, count: int) -> None:
     assert evaluate_predictions(shuffled, config) == measured
     # Posts of which nothing is known may be away.
     known = np.flatnonzero(~np.isnan(predictions.labels).all(axis=1))
-    assert evaluate_predictions(take(predictions, known), config) == measured
+    assert evaluate_predictions(predictions.take(known), config) == measured
     # A policy alone is measured as beside others.
     for column, policy in enumerate(POLICIES):
         rows = np.flatnonzero(~np.isnan(predictions.labels[:, column]))
-        alone = evaluate_predictions(take(predictions, rows), config)
+        alone = evaluate_predictions(predictions.take(rows), config)
         assert alone["policies"][policy] == measured["policies"][policy]
 
 
@@ -170,7 +159,7 @@ def test_predictions_go_through_parquet_unchanged(tmp_path: Path) -> None:
 
 def test_parts_of_ranks_join_to_each_id_once_in_the_order_of_ids() -> None:
     predictions = make_predictions(30)
-    parts = [take(predictions, np.arange(29, 9, -1)), take(predictions, np.arange(15))]
+    parts = [predictions.take(np.arange(29, 9, -1)), predictions.take(np.arange(15))]
     joined = Predictions.gather(POLICIES, parts)
     assert joined.ids == predictions.ids
     np.testing.assert_array_equal(joined.scores, predictions.scores)

@@ -272,12 +272,19 @@ def _phases(layout: Layout, mixing: MixingConfig, batch_size: int, first_step: i
     for change in mixing.changes:
         weights[max(0, change.after_step - (first_step - 1))] = change.weights
     return [
-        Phase(steps * batch_size, cycle_quotas(_shares(layout, mixing, weight))) for steps, weight in weights.items()
+        Phase(steps * batch_size, cycle_quotas(group_shares(layout, mixing, weight)))
+        for steps, weight in weights.items()
     ]
 
 
-def _shares(layout: Layout, mixing: MixingConfig, weight_of: Mapping[str, float]) -> np.ndarray:
-    """float64[groups]: the share of each."""
+def group_shares(layout: Layout, mixing: MixingConfig, weight_of: Mapping[str, float]) -> np.ndarray:
+    """float64[groups]: the share of each stratum in training; of each dataset where the temperature is 1.
+
+    Args:
+        layout: the training split.
+        mixing: the temperature.
+        weight_of: dataset -> its weight.
+    """
     weights = np.array([weight_of[name] for name in layout.datasets.names], dtype=np.float64)
     weights /= weights.sum()
     if mixing.temperature == 1:

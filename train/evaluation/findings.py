@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from crossguard.configs.schema import Config
+from crossguard.train.evaluation.compare import in_words as worse_in_words
+from crossguard.train.evaluation.decisions import NO_LABELS
 
 # Differences of average precision or AUROC below this are called level.
 LEVEL = 0.01
 # A split or language below this AUROC is called failed; chance is .5.
 FAILS_BELOW = 0.6
+GUESSING = 0.5
 REFERENCE_NAMES = {"tfidf_logistic_regression": "character n-grams with logistic regression"}
 
 
@@ -32,7 +35,9 @@ def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) 
         found += _against_references(metrics, split) + _against_ablations(metrics, split)
     for name, measured in metrics["splits"].items():
         found += _new_languages(name, measured, train_languages)
-    found += _weakest_cell(metrics["splits"][split]) + _insufficient(metrics["splits"][split], split, config)
+    found += _weakest_group(metrics["splits"][split]) + _widest_gap(metrics["splits"][split])
+    found += _insufficient(metrics["splits"][split], split, config)
+    found += _decisions(config, metrics, split) + _against_earlier(metrics) + _suite(metrics)
     if config.data.source == "synthetic":
         found.append(
             Finding(
@@ -84,6 +89,31 @@ def _against_references(metrics: Mapping[str, Any], split: str) -> list[Finding]
     return found
 
 
+def _against_earlier(metrics: Mapping[str, Any]) -> list[Finding]:
+    if "against" not in metrics:
+        return []
+    earlier, margin, worse = (metrics["against"][name] for name in ("run", "margin", "worse"))
+    if not worse:
+        return [Finding("good", f"No group is worse than in the earlier run {earlier}, by more than {margin:g}.")]
+    text = f"Worse than the earlier run {earlier} by more than {margin:g}: {worse_in_words(worse[0])}"
+    return [Finding("bad", f"{text}{f', and {len(worse) - 1} more' if len(worse) > 1 else ''}.")]
+
+
+def _suite(metrics: Mapping[str, Any]) -> list[Finding]:
+    """Functions of the suite that are passed less often than by guessing."""
+    found = []
+    for policy, result in metrics.get("suite", {}).get("policies", {}).items():
+        functions = result["by_functionality"]
+        failed = sorted(name for name, cell in functions.items() if cell["interval"][1] < GUESSING)
+        text = (
+            f"Functional suite, {policy}: {result['all']['pass_rate']:.1%} of {result['all']['n']:,} cases are passed"
+        )
+        if failed:
+            text += f"; worse than guessing: {', '.join(in_words(name) for name in failed)}"
+        found.append(Finding("bad" if failed else "note", f"{text}."))
+    return found
+
+
 def _against_ablations(metrics: Mapping[str, Any], split: str) -> list[Finding]:
     own = metrics["splits"][split]["macro"]["auroc"]
     others = {
@@ -123,18 +153,84 @@ def _new_languages(split: str, measured: Mapping[str, Any], train_languages: set
     return [Finding("good", f"Languages that training never saw, in split {split}: {listed}.")]
 
 
-def _weakest_cell(measured: Mapping[str, Any]) -> list[Finding]:
-    cells = [
-        (cell["auroc"], policy, language, cell)
-        for policy, results in measured["policies"].items()
-        for language, cell in results["by_language"].items()
-        if "auroc" in cell
-    ]
-    if len(cells) < 2:
+def _weakest_group(measured: Mapping[str, Any]) -> list[Finding]:
+    worst = measured.get("worst", {}).get("auroc")
+    if worst is None:
         return []
-    value, policy, language, cell = min(cells, key=lambda one: one[:3])
-    text = f"Weakest of the measured cells: {policy} in {language}, AUROC {value:.3f} "
-    return [Finding("note", text + f"({cell['positives']:,} positives among {cell['n']:,} known labels).")]
+    mean = measured["macro"]["auroc"] if "macro" in measured else None
+    interval = "–".join(f"{end:.3f}" for end in worst.get("interval", ()))
+    text = (
+        f"Weakest of the groups that could be measured: {worst['policy']} where {worst['slice']} is {worst['group']}, "
+        f"AUROC {worst['value']:.3f}{f' (95 % interval {interval})' if interval else ''}"
+        f"{f' beside the mean of {mean:.3f}' if mean is not None else ''}; "
+        f"{worst['positives']:,} positives among {worst['n']:,} known labels."
+    )
+    return [Finding("note", text)]
+
+
+def _widest_gap(measured: Mapping[str, Any]) -> list[Finding]:
+    """The widest gap of false positives that is more than chance."""
+    gaps = [
+        (gap, policy, name)
+        for policy, result in measured["policies"].items()
+        for name, gap in result.get("false_positive_gap", {}).get("by", {}).items()
+        if gap["interval"][0] > 0
+    ]
+    if not gaps:
+        return []
+    gap, policy, name = max(gaps, key=lambda one: one[0]["gap"])
+    rates = {end: gap["groups"][gap[end]]["rate"] for end in ("highest", "lowest")}
+    text = (
+        f"Benign posts are not treated alike: at a threshold that flags 5 % of all benign posts, {policy} flags "
+        f"{rates['highest']:.1%} of them where {in_words(name)} is {gap['highest']} and {rates['lowest']:.1%} where it "
+        f"is {gap['lowest']}."
+    )
+    return [Finding("bad", text)]
+
+
+def _decisions(config: Config, metrics: Mapping[str, Any], split: str) -> list[Finding]:
+    """Actions that cannot be promised, and promises that the split contradicts."""
+    if "decisions" not in metrics:
+        text = "No calibration and no thresholds: they are found on the validation split, which was not evaluated."
+        return [Finding("note", text)]
+    found = []
+    for action, promise in metrics["decisions"]["promises"].items():
+        places = {
+            (policy, language): one[action]
+            for policy, languages in metrics["decisions"]["thresholds"].items()
+            for language, one in languages.items()
+            if one[action].get("abstains") != NO_LABELS
+        }
+        kept = sum(threshold["above"] is not None for threshold in places.values())
+        if kept < len(places):
+            text = (
+                f"Action {in_words(action)} ({promise}): the labels of the validation split support it in {kept} of "
+                f"{len(places)} cells (policy × language); in the others it is not taken."
+            )
+            found.append(Finding("note" if kept else "bad", text))
+        if broken := _broken(config, metrics["splits"][split], action):
+            text = (
+                f"Action {in_words(action)} promised {promise} and misses it on split {split} in {', '.join(broken)}, "
+                "beyond chance: the split is unlike the validation split, or one of the promises that may fail did."
+            )
+            found.append(Finding("bad", text))
+    return found
+
+
+def _broken(config: Config, measured: Mapping[str, Any], action: str) -> list[str]:
+    """Policies and languages whose interval lies below what was promised."""
+    target = config.evaluation.targets.get(action)
+    if target is None:
+        return []
+    name, value = ("precision", target.precision) if target.precision is not None else ("recall", target.recall)
+    if value is None:
+        return []
+    return [
+        f"{policy} in {language}"
+        for policy, actions in measured.get("actions", {}).items()
+        for language, cell in actions.get(action, {}).get("by_language", {}).items()
+        if name in cell and cell[name]["interval"][1] < value
+    ]
 
 
 def _insufficient(measured: Mapping[str, Any], split: str, config: Config) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Metrics per policy and per policy × language, over known labels alone.
+"""Metrics per policy, per policy × language and per slice, over known labels alone.
 
 Everything is computed in float64 from the scores as written, by scikit-learn. A post whose label for a policy is
 unknown takes no part in that policy's numbers: neither its score nor its presence can change one.
@@ -7,15 +7,19 @@ unknown takes no part in that policy's numbers: neither its score nor its presen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.own_parts import load_own, naming
-from crossguard.configs.schema.evaluation import COUNTS, EvaluationConfig
+from crossguard.configs.schema.evaluation import COUNTS, METRICS, EvaluationConfig
+from crossguard.train.evaluation.false_positives import false_positive_gaps
+from crossguard.train.evaluation.intervals import ranking_intervals
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.slices import JOIN, LANGUAGE, groups_of
 
 # Called with binary labels int64 [n] and scores float64 [n].
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -24,33 +28,73 @@ POSITIVE_FROM = 0.5
 TARGET_PRECISION = 0.9
 
 
-def evaluate_predictions(predictions: Predictions, config: EvaluationConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Known:
+    """The known labels of one policy."""
+
+    # int64[n], 1 and 0.
+    labels: np.ndarray
+    # float64[n]
+    scores: np.ndarray
+    # Language of each post, object[n].
+    languages: np.ndarray
+    # Slice -> group of each post, object[n].
+    slices: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, predictions: Predictions, policy: str, slices: Iterable[str] = ()) -> Known:
+        """The posts whose label for a policy is known; from .5 it is positive."""
+        column = predictions.policies.index(policy)
+        known = ~np.isnan(predictions.labels[:, column])
+        languages = np.array(predictions.languages, dtype=object)
+        groups = groups_of(slices, languages, predictions.fields)
+        return cls(
+            (predictions.labels[known, column] >= POSITIVE_FROM).astype(np.int64),
+            predictions.scores[known, column].astype(np.float64),
+            languages[known],
+            {name: values[known] for name, values in groups.items()},
+        )
+
+
+def evaluate_predictions(
+    predictions: Predictions, config: EvaluationConfig, *, in_detail: bool = False
+) -> dict[str, Any]:
     """Measure one split.
+
+    Args:
+        predictions: its scores and labels.
+        config: what to measure.
+        in_detail: also slices, intervals, the worst group and gaps of false positives.
 
     Returns:
         `{"policies": {policy: {"all": cell, "by_language": {language: cell}}}, "macro": means, "macro_policy_language":
         means}`, where a cell is `{"n", "positives", metric: value, …}` or `{"n", "positives", "insufficient": True}`.
-        A mean over nothing is absent.
+        A mean over nothing is absent. In detail, cells have "intervals" ({metric: [low, high]}), policies "by_slice"
+        ({slice: {group: cell}}) and "false_positive_gap", and beside the means stands "worst" ({metric: its group}).
 
     Raises:
         UserError: a metric of the user's own cannot be loaded or gave something else than a finite number.
     """
     metrics = metrics_of(config)
-    languages = np.array(predictions.languages, dtype=object)
     policies: dict[str, Any] = {}
-    for column, policy in enumerate(predictions.policies):
-        labels = predictions.labels[:, column]
-        known = ~np.isnan(labels)
-        positive = (labels[known] >= POSITIVE_FROM).astype(np.int64)
-        scores = predictions.scores[known, column].astype(np.float64)
-        spoken = languages[known]
+    for policy in predictions.policies:
+        known = Known.of(predictions, policy, config.slices if in_detail else ())
+
+        def cell(rows: np.ndarray, known: Known = known) -> dict[str, Any]:
+            return _cell(known.labels[rows], known.scores[rows], metrics, config.min_positives, in_detail)
+
         policies[policy] = {
-            "all": _cell(positive, scores, metrics, config.min_positives),
-            "by_language": {
-                language: _cell(positive[spoken == language], scores[spoken == language], metrics, config.min_positives)
-                for language in sorted(set(spoken))
-            },
+            "all": cell(np.ones(len(known.labels), dtype=bool)),
+            "by_language": _by_group(known.languages, cell),
         }
+        if in_detail:
+            by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
+            simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
+            gaps = false_positive_gaps(
+                known.labels, known.scores, {LANGUAGE: known.languages, **simple}, config.min_positives
+            )
+            found = {"by_slice": by_slice, "false_positive_gap": gaps}
+            policies[policy] |= {name: value for name, value in found.items() if value}
     result: dict[str, Any] = {"policies": policies}
     means = {
         "macro": mean_of_cells(policy["all"] for policy in policies.values()),
@@ -58,7 +102,30 @@ def evaluate_predictions(predictions: Predictions, config: EvaluationConfig) -> 
             cell for policy in policies.values() for cell in policy["by_language"].values()
         ),
     }
+    if in_detail:
+        means["worst"] = worst_groups(policies)
     return result | {name: mean for name, mean in means.items() if mean}
+
+
+def groups_in(policy: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(slice, group, cell) of everything below a policy's `all`."""
+    for name, cells in {LANGUAGE: policy["by_language"], **policy.get("by_slice", {})}.items():
+        for group, cell in cells.items():
+            yield name, group, cell
+
+
+def worst_groups(policies: Mapping[str, Any]) -> dict[str, Any]:
+    """For each built-in metric the group with the lowest value: {"policy", "slice", "group", "value", "n", …}."""
+    worst: dict[str, Any] = {}
+    for policy, measured in policies.items():
+        for name, group, cell in groups_in(measured):
+            for metric in METRICS:
+                if metric in cell and cell[metric] < worst.get(metric, {"value": math.inf})["value"]:
+                    place = {"policy": policy, "slice": name, "group": group, "value": cell[metric]}
+                    intervals = cell.get("intervals", {})
+                    interval = {"interval": intervals[metric]} if metric in intervals else {}
+                    worst[metric] = place | interval | {"n": cell["n"], "positives": cell["positives"]}
+    return worst
 
 
 def metrics_of(config: EvaluationConfig) -> dict[str, Metric]:
@@ -91,12 +158,22 @@ def mean_of_cells(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: math.fsum(cell[name] for cell in measured) / len(measured) for name in names}
 
 
-def _cell(labels: np.ndarray, scores: np.ndarray, metrics: Mapping[str, Metric], min_positives: int) -> dict[str, Any]:
+def _by_group(groups: np.ndarray, cell: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(group): cell(groups == group) for group in sorted(set(groups))}
+
+
+def _cell(
+    labels: np.ndarray, scores: np.ndarray, metrics: Mapping[str, Metric], min_positives: int, intervals: bool
+) -> dict[str, Any]:
     positives = int(labels.sum())
     counts = {"n": len(labels), "positives": positives}
     if min(positives, len(labels) - positives) < min_positives:
         return counts | {"insufficient": True}
-    return counts | {name: _finite(name, metric(labels, scores)) for name, metric in metrics.items()}
+    cell: dict[str, Any] = counts | {name: _finite(name, metric(labels, scores)) for name, metric in metrics.items()}
+    if intervals:
+        found = ranking_intervals(labels, scores, TARGET_PRECISION, seed=len(labels))
+        cell["intervals"] = {name: list(interval) for name, interval in found.items()}
+    return cell
 
 
 def _finite(name: str, value: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -77,6 +77,29 @@ def history_panel(title: str, lines: Mapping[str, Line], *, smooth: bool = False
     axes.set_xlabel("step")
     if len(lines) > 1:
         _legend(axes)
+    return _svg(figure, title)
+
+
+def share_panel(title: str, lines: Mapping[str, Line], x: str, y: str, start: float | None = None) -> str:
+    """Values over a share; the first line in colour. From `start` a thin line leads to 1: chance."""
+    chance: Line = ([0, 1], [start, 1]) if start is not None else ([], [])
+    return _curves(title, lines, (x, y), chance)
+
+
+def reliability_panel(policy: str, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Share of violations over the mean score of bins: calibrated in colour with exact intervals, raw in grey."""
+    title = f"{policy}: reliability"
+    figure, axes = _panel(title)
+    axes.plot([0, 1], [0, 1], color=RULE, linewidth=1)
+    for name, color in (("raw", MUTED), ("calibrated", ACCENT)):
+        x, y = [point["score"] for point in points[name]], [point["rate"] for point in points[name]]
+        axes.plot(x, y, "o-", color=color, linewidth=1.2, markersize=3, label=name)
+        if name == "calibrated":
+            axes.vlines(
+                x, *zip(*(point["interval"] for point in points[name]), strict=True), color=color, linewidth=0.8
+            )
+    axes.set(xlabel="predicted", ylabel="violating", xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1])
+    _legend(axes)
     return _svg(figure, title)
 
 

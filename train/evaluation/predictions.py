@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from crossguard.configs.errors import UserError
 from crossguard.data.shards.files import write_atomic
+from crossguard.train.evaluation.slices import NONE
 
-SCORE, LABEL = "score.", "label."
+SCORE, LABEL, SLICE = "score.", "label.", "slice."
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Predictions:
     scores: np.ndarray
     # float32 [posts, policies], in [0, 1]; NaN where nobody gave a label.
     labels: np.ndarray
+    # Fields of the posts that slices are made of: name -> object[posts].
+    fields: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,8 +46,27 @@ class Predictions:
         _, rows = np.unique(ids, return_index=True)
         return cls(tuple(policies), list(ids[rows]), list(languages[rows]), scores[rows], labels[rows])
 
-    def write(self, path: Path) -> None:
-        """Write the rows to `path`: complete or not at all."""
+    def take(self, rows: Sequence[int]) -> Predictions:
+        """Some of the posts, in this order."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return Predictions(
+            self.policies,
+            [self.ids[row] for row in chosen],
+            [self.languages[row] for row in chosen],
+            self.scores[chosen],
+            self.labels[chosen],
+            {name: values[chosen] for name, values in self.fields.items()},
+        )
+
+    def with_fields(self, fields: Mapping[str, Mapping[str, str]]) -> Predictions:
+        """The same with fields of the posts, given as id -> name -> value."""
+        names = list(next(iter(fields.values()), {}))
+        of_posts = [fields.get(post, {}) for post in self.ids]
+        columns = {name: np.array([one.get(name, NONE) for one in of_posts], dtype=object) for name in names}
+        return replace(self, fields=columns)
+
+    def write(self, path: Path, further: Mapping[str, pa.Array] | None = None) -> None:
+        """Write the rows to `path`, with `further` columns: complete or not at all."""
         columns: dict[str, pa.Array] = {
             "id": pa.array(self.ids, pa.string()),
             "language": pa.array(self.languages, pa.string()),
@@ -53,6 +75,9 @@ class Predictions:
             columns[SCORE + policy] = pa.array(self.scores[:, column], pa.float64())
         for column, policy in enumerate(self.policies):
             columns[LABEL + policy] = pa.array(self.labels[:, column], pa.float32(), from_pandas=True)
+        for name, values in self.fields.items():
+            columns[SLICE + name] = pa.array(list(values), pa.string())
+        columns |= further or {}
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), buffer)
@@ -71,6 +96,11 @@ class Predictions:
             scores = [table[SCORE + policy].to_numpy() for policy in policies]
             labels = [table[LABEL + policy].to_numpy(zero_copy_only=False) for policy in policies]
             ids, languages = table["id"].to_pylist(), table["language"].to_pylist()
+            fields = {
+                name.removeprefix(SLICE): np.array(table[name].to_pylist(), dtype=object)
+                for name in table.column_names
+                if name.startswith(SLICE)
+            }
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise UserError(f"{path}: no readable predictions; run `crossguard evaluate` again") from error
         shape = (len(ids), len(policies))
@@ -80,4 +110,5 @@ class Predictions:
             languages,
             np.array(scores, dtype=np.float64).T.reshape(shape),
             np.array(labels, dtype=np.float32).T.reshape(shape),
+            fields,
         )

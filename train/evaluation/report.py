@@ -6,7 +6,7 @@ The page loads nothing: styles and plots are inline, there is no script. Posts a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from crossguard.data.shards.manifest import Manifest
 from crossguard.train.evaluation.findings import find, in_words, primary_split
 from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
+from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
+from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRIC_NAMES = {
@@ -58,7 +61,7 @@ def write_report(run_dir: Path, evaluated: Evaluated) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"words": in_words, "number": _number, "svg": Markup}
+    environment.filters |= {"words": in_words, "number": _number, "interval": _interval, "svg": Markup}
     page = environment.get_template("report.html.j2").render(_content(run_dir, evaluated))
     path = run_dir / "report" / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,16 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "tables": {
             name: _policy_rows(evaluated.config, measured, names) for name, measured in _ordered(metrics, split)
         },
-        "heat_maps": {name: _heat_map(measured) for name, measured in _ordered(metrics, split)},
+        "heat_maps": {name: heat_map(measured, "language") for name, measured in _ordered(metrics, split)},
+        "slices": slice_maps(metrics["splits"][split]),
+        "gaps": gap_rows(metrics["splits"][split]),
+        "reliability": diagrams(metrics["splits"][split]),
+        "calibration": calibration_rows(metrics["splits"][split]),
+        "thresholds": threshold_rows(metrics, split),
+        "review": review_panels(metrics["splits"][split]),
+        "cascade": cascade_panels(metrics["splits"][split]),
+        "suites": suite_tables(metrics),
+        "errors": worst_errors(next(iter(evaluated.predictions.values()))[split]),
         "train_languages": train_languages,
         "curves": _curve_panels(evaluated, split),
         "manifest": manifest,
@@ -126,23 +138,10 @@ def _policy_rows(config: Config, measured: Mapping[str, Any], names: Mapping[str
             "policy": policy,
             "meaning": meaning.get(policy, ""),
             "cell": result["all"],
-            "values": [result["all"].get(key) for key in names],
+            "values": [(result["all"].get(key), result["all"].get("intervals", {}).get(key)) for key in names],
         }
         for policy, result in measured["policies"].items()
     ]
-
-
-def _heat_map(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Languages as rows, the largest first; policies as columns."""
-    sizes: dict[str, int] = {}
-    for policy in measured["policies"].values():
-        for language, cell in policy["by_language"].items():
-            sizes[language] = max(sizes.get(language, 0), cell["n"])
-    rows = [
-        (language, [policy["by_language"].get(language) for policy in measured["policies"].values()])
-        for language in sorted(sizes, key=lambda language: (-sizes[language], language))
-    ]
-    return {"policies": list(measured["policies"]), "rows": rows}
 
 
 def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
@@ -178,3 +177,8 @@ def _history(run_dir: Path, evaluated_step: int) -> list[str]:
 def _number(value: float | None) -> str:
     """Three decimals; a dash where there is no number."""
     return "–" if value is None else f"{value:.3f}"
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    """Both ends, two decimals; nothing where there is none."""
+    return "" if value is None else f"{value[0]:.2f}–{value[1]:.2f}"

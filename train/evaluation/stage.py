@@ -10,45 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain, load_config
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.data.loading.reader import ShardReader
-from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import watchdog
 from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
-from crossguard.train.evaluation.metrics import evaluate_predictions
+from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
 from crossguard.train.evaluation.predictions import Predictions
-from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
-from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.scoring import score_split
-from crossguard.train.evaluation.splits import TRAIN, evaluated_splits
+from crossguard.train.evaluation.slices import read_fields
+from crossguard.train.evaluation.splits import evaluated_splits
+from crossguard.train.evaluation.suite import FIELDS, suite_readers
 from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
 from crossguard.train.trained import load_trained
 
-# What the run's own model is called beside its ablations and references.
-MODEL = "this model"
-Scored = dict[str, Predictions]
-
-
-@dataclass(frozen=True)
-class Posts:
-    """The splits of a set of shards, and the rows of each that may be read."""
-
-    folder: ShardFolder
-    taxonomy: Taxonomy
-    readers: dict[str, ShardReader]
-    rows: dict[str, np.ndarray]
-    # The splits that are scored.
-    splits: list[str]
+# id -> field -> value.
+Fields = dict[str, dict[str, str]]
 
 
 def run_evaluation(config: Config, ranks: Ranks) -> None:
@@ -67,15 +54,21 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
         check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
         posts = _open_posts(config, ranks)
         watchdog.arm()
-        scored = {MODEL: _score(run_dir, checkpoint, config.model, config, posts, ranks)}
+        fields = _read_fields(config, posts, ranks)
+        with suite_readers(config, run_dir, ranks) as cases:
+            model = Scorer.load(run_dir, checkpoint, config.model, config, posts, ranks)
+            suite = [model.score_suite(reader) for reader in cases]
+            scored = {MODEL: model.score(posts, fields)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
         for folder in ablations:
-            model = load_config(folder / "config.yaml").model
-            scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, ranks)
+            architecture = load_config(folder / "config.yaml").model
+            ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
+            scored[folder.name] = ablated.score(posts, fields)
         if ranks.is_first:
-            _measure(run_dir, checkpoint, config, posts, scored, [folder.name for folder in ablations])
+            names = [folder.name for folder in ablations]
+            measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite)
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
@@ -91,33 +84,77 @@ def _open_posts(config: Config, ranks: Ranks) -> Posts:
     return Posts(folder, taxonomy, readers, rows, splits)
 
 
-def _score(
-    run_dir: Path, checkpoint: Path, model_config: ModelConfig, config: Config, posts: Posts, ranks: Ranks
-) -> Scored:
-    """Predictions of the checkpoint in `run_dir` on every split; rank 0 writes them there."""
-    encode = PostEncoder(model_config, posts.taxonomy)
-    model = load_trained(model_config, encode, load_weights(checkpoint), checkpoint).to(ranks.device)
-    refused: list[dict[str, Any]] = []
-    scored = {}
+def _read_fields(config: Config, posts: Posts, ranks: Ranks) -> dict[str, Fields]:
+    """What slices need to know about the posts of each split; every rank reads its share."""
+    found: dict[str, Fields] = {}
     for split in posts.splits:
-        scored[split] = score_split(
-            model,
-            encode,
-            posts.readers[split],
-            posts.rows[split],
-            ranks,
-            config.evaluation.batch_size,
-            num_workers=config.train.num_workers,
+        own = posts.rows[split][ranks.rank :: ranks.world_size]
+        parts = ranks.gather(read_fields(posts.readers[split], own, config.evaluation.slices))
+        found[split] = {post: fields for part in parts for post, fields in part.items()}
+    return found
+
+
+@dataclass
+class Scorer:
+    """A trained model that scores posts on all ranks."""
+
+    run_dir: Path
+    model: nn.Module
+    encode: PostEncoder
+    config: Config
+    ranks: Ranks
+
+    @classmethod
+    def load(
+        cls, run_dir: Path, checkpoint: Path, model: ModelConfig, config: Config, posts: Posts, ranks: Ranks
+    ) -> Scorer:
+        """The checkpoint of a run directory."""
+        encode = PostEncoder(model, posts.taxonomy)
+        trained = load_trained(model, encode, load_weights(checkpoint), checkpoint)
+        return cls(run_dir, trained.to(ranks.device), encode, config, ranks)
+
+    def score(self, posts: Posts, fields: dict[str, Fields]) -> Scored:
+        """Predictions on every split; rank 0 writes them into the run directory."""
+        refused: list[dict[str, Any]] = []
+        scored = {}
+        for split in posts.splits:
+            predictions = self._score(posts.readers[split], posts.rows[split], split, refused)
+            scored[split] = predictions.with_fields(fields[split])
+            if self.ranks.is_first:
+                scored[split].write(self.run_dir / "predictions" / f"{split}.parquet")
+        self._name(refused)
+        return scored
+
+    def score_suite(self, reader: ShardReader) -> Predictions:
+        """Predictions on the cases of a functional suite."""
+        refused: list[dict[str, Any]] = []
+        rows = np.arange(len(reader))
+        predictions = self._score(reader, rows, "the suite", refused)
+        self._name(refused)
+        return predictions.with_fields(read_fields(reader, rows, FIELDS))
+
+    def _score(self, reader: ShardReader, rows: np.ndarray, what: str, refused: list[dict[str, Any]]) -> Predictions:
+        return score_split(
+            self.model,
+            self.encode,
+            reader,
+            rows,
+            self.ranks,
+            self.config.evaluation.batch_size,
+            num_workers=self.config.train.num_workers,
             on_refused=refused.append,
-            title=f"evaluate {run_dir.name} on {split}",
+            title=f"evaluate {self.run_dir.name} on {what}",
         )
-        if ranks.is_first:
-            scored[split].write(run_dir / "predictions" / f"{split}.parquet")
-    everyone = list(itertools.chain(*ranks.gather(refused)))
-    if everyone and ranks.is_first:
-        _quarantine(run_dir / "quarantine.jsonl", everyone)
-        ranks.say(f"evaluate: {len(everyone)} posts cannot be read and were not scored; see {run_dir}/quarantine.jsonl")
-    return scored
+
+    def _name(self, refused: list[dict[str, Any]]) -> None:
+        """Rank 0: the posts that no rank could read."""
+        everyone = list(itertools.chain(*self.ranks.gather(refused)))
+        if everyone and self.ranks.is_first:
+            _quarantine(self.run_dir / "quarantine.jsonl", everyone)
+            self.ranks.say(
+                f"evaluate: {len(everyone)} posts cannot be read and were not scored; see "
+                f"{self.run_dir}/quarantine.jsonl"
+            )
 
 
 def _quarantine(file: Path, refused: list[dict[str, Any]]) -> None:
@@ -128,39 +165,3 @@ def _quarantine(file: Path, refused: list[dict[str, Any]]) -> None:
         if json.dumps(post, ensure_ascii=False) not in named:
             log.write(post)
     log.close()
-
-
-def _measure(
-    run_dir: Path, checkpoint: Path, config: Config, posts: Posts, scored: dict[str, Scored], ablations: list[str]
-) -> None:
-    """Rank 0: metrics.json and report.html, from the predictions alone."""
-    references: dict[str, Scored] = {}
-    for name in config.evaluation.references:
-        references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
-    metrics: dict[str, Any] = {
-        "splits": _metrics(scored[MODEL], config),
-        "checkpoint": {"step": step_of(checkpoint)},
-        "shards": posts.folder.manifest.sha256,
-    }
-    if ablations:
-        metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
-    if references:
-        fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
-        metrics["references"] = {
-            name: fitted_on | _beside(predictions, config) for name, predictions in references.items()
-        }
-    file = run_dir / "report" / "metrics.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
-    write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
-
-
-def _metrics(scored: Scored, config: Config) -> dict[str, Any]:
-    return {split: evaluate_predictions(predictions, config.evaluation) for split, predictions in scored.items()}
-
-
-def _beside(scored: Scored, config: Config) -> dict[str, Any]:
-    """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
-    splits = _metrics(scored, config)
-    shown = splits.get("test") or next(iter(splits.values()))
-    return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}

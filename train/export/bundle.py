@@ -4,6 +4,7 @@ model.safetensors   every weight, whole, fp32
 config.json         the model's configuration; encoders that came from a hub are described in full
 tokenizer/          the tokenizer's files
 taxonomy.json       the policies, in the order of the scores
+decisions.json      calibration and thresholds, as `crossguard evaluate` found them on the validation split
 card.md             what was trained on what, and what was measured
 manifest.json       every file above with its hash, and the lineage: shards and checkpoint
 """
@@ -33,20 +34,23 @@ from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import read_state, step_of
 from crossguard.train.encode import PostEncoder
+from crossguard.train.evaluation.decisions import Decisions
 from crossguard.train.export.card import model_card
+from crossguard.train.export.measured import decisions_of
 from crossguard.train.models import Classifier, without_pretrained
 from crossguard.train.models.lora import merge_lora
 from crossguard.train.ranks import Ranks
 from crossguard.train.tokenizers import BYTES, load_tokenizer
 from crossguard.train.trained import load_trained
 
-FORMAT = 1
+FORMAT = 2
 STAGING = ".staging-bundle-"
-WEIGHTS, CONFIG, TOKENIZER, TAXONOMY, CARD, MANIFEST = (
+WEIGHTS, CONFIG, TOKENIZER, TAXONOMY, DECISIONS, CARD, MANIFEST = (
     "model.safetensors",
     "config.json",
     "tokenizer",
     "taxonomy.json",
+    "decisions.json",
     "card.md",
     "manifest.json",
 )
@@ -58,6 +62,7 @@ class Bundle(NamedTuple):
     model: Classifier
     encode: PostEncoder
     taxonomy: Taxonomy
+    decisions: Decisions
 
 
 def write_bundle(config: Config, run_dir: Path) -> Path:
@@ -99,6 +104,7 @@ def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     _write(staging / CONFIG, {"format": FORMAT, "recipe": config.recipe, "model": described})
     encode.tokenizer.save(staging / TOKENIZER)
     _write(staging / TAXONOMY, encode.taxonomy.to_json())
+    _write(staging / DECISIONS, decisions_of(run_dir, step_of(checkpoint)).to_json())
     (staging / CARD).write_text(model_card(config, run_dir, step_of(checkpoint)), encoding="utf-8")
     about = {"format": FORMAT, "lineage": _lineage(checkpoint), "files": _hashes(staging)}
     _write(staging / MANIFEST, about)
@@ -114,7 +120,8 @@ def load_bundle(folder: Path) -> Bundle:
     manifest = _read(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{folder / MANIFEST}: format {manifest.get('format')}, this version of crossguard reads {FORMAT}"
+            f"{folder / MANIFEST}: format {manifest.get('format')}, this version of crossguard reads {FORMAT}; "
+            "export the bundle again"
         )
     found = _hashes(folder)
     for name, expected in manifest["files"].items():
@@ -124,7 +131,8 @@ def load_bundle(folder: Path) -> Bundle:
     taxonomy = Taxonomy.from_json(_read(folder / TAXONOMY))
     config = _model_config(folder)
     encode = PostEncoder(config, taxonomy, load_tokenizer(config.text, folder / TOKENIZER))
-    return Bundle(load_trained(config, encode, load_file(folder / WEIGHTS), folder), encode, taxonomy)
+    model = load_trained(config, encode, load_file(folder / WEIGHTS), folder)
+    return Bundle(model, encode, taxonomy, Decisions.from_json(_read(folder / DECISIONS)))
 
 
 def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from crossguard.configs.schema import Config
+from crossguard.train.evaluation.decisions import NO_LABELS, Decisions
+from crossguard.train.export.measured import decisions_of, measured
 
 NOT_MEASURED = "Nothing was measured: `crossguard evaluate` has not run."
 
 
 def model_card(config: Config, run_dir: Path, step: int) -> str:
     """Markdown: what the model is for, what it was trained on, what it scored and where it has no figures."""
-    metrics = _metrics(run_dir)
+    metrics = measured(run_dir)
+    decisions = decisions_of(run_dir, step)
     lines = [
         f"# {config.recipe}",
         "",
@@ -22,7 +24,7 @@ def model_card(config: Config, run_dir: Path, step: int) -> str:
         f"- Taxonomy: {config.taxonomy.name}, version {config.taxonomy.version}",
         f"- Modalities: {', '.join(config.model.modalities)}",
         f"- Checkpoint: after step {step}",
-        "- Scores are probabilities as the model gives them, not calibrated decisions.",
+        f"- {_calibration(decisions)}",
         "",
         "## Policies",
         "",
@@ -36,30 +38,45 @@ def model_card(config: Config, run_dir: Path, step: int) -> str:
     measured_step = metrics["checkpoint"]["step"]
     if measured_step != step:
         lines += [f"These figures are of step {measured_step}, not of this model: run `crossguard evaluate` again.", ""]
-    for split, measured in metrics["splits"].items():
+    for split, of_split in metrics["splits"].items():
         lines += [
             f"### {split}",
             "",
             "| policy | average precision | AUROC | known labels | positives |",
             "|---|---|---|---|---|",
         ]
-        lines += [_row(policy, result["all"]) for policy, result in measured["policies"].items()]
-        lines += ["", _without_figures(measured), ""]
+        lines += [_row(policy, result["all"]) for policy, result in of_split["policies"].items()]
+        lines += ["", *_worst(of_split), _without_figures(of_split), ""]
+    lines += _threshold_lines(decisions)
     for kind in ("ablations", "references"):
-        for name, measured in metrics.get(kind, {}).items():
-            macro = measured.get("macro", {})
+        for name, other in metrics.get(kind, {}).items():
+            macro = other.get("macro", {})
             lines.append(f"- {kind[:-1]} {name.replace('_', ' ')}: macro average precision {_number(macro)}")
     if config.data.source == "synthetic":
         lines += ["", "Trained on generated stand-ins: these figures say nothing about moderation quality."]
     return "\n".join([*lines, ""])
 
 
-def _metrics(run_dir: Path) -> dict[str, Any] | None:
-    file = run_dir / "report" / "metrics.json"
-    if not file.exists():
-        return None
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+def _calibration(decisions: Decisions) -> str:
+    if not decisions.calibrators:
+        return "Scores are probabilities as the model gives them; nothing was calibrated."
+    return (
+        f"Calibrated per language on the validation split: {', '.join(sorted(decisions.calibrators))}. "
+        "`score` is what the model gives, `calibrated` the probability of a violation."
+    )
+
+
+def _threshold_lines(decisions: Decisions) -> list[str]:
+    """How many thresholds could be promised, by action."""
+    if not decisions.promises:
+        return []
+    lines = ["### Actions", "", "| action | promise | policies × languages with a threshold |", "|---|---|---|"]
+    for action, promise in decisions.promises.items():
+        every = [one[action] for languages in decisions.thresholds.values() for one in languages.values()]
+        cells = [threshold for threshold in every if threshold.abstains != NO_LABELS]
+        kept = sum(threshold.above is not None for threshold in cells)
+        lines.append(f"| {action} | {promise} | {kept} of {len(cells)}; elsewhere the labels cannot support it |")
+    return [*lines, ""]
 
 
 def _row(policy: str, cell: dict[str, Any]) -> str:
@@ -67,6 +84,19 @@ def _row(policy: str, cell: dict[str, Any]) -> str:
     if "insufficient" in cell:
         return f"| {policy} | insufficient data | | {counts}"
     return f"| {policy} | {cell['average_precision']:.3f} | {cell['auroc']:.3f} | {counts}"
+
+
+def _worst(measured: dict[str, Any]) -> list[str]:
+    """The weakest group by AUROC."""
+    worst = measured.get("worst", {}).get("auroc")
+    if worst is None:
+        return []
+    interval = f" ({worst['interval'][0]:.3f} to {worst['interval'][1]:.3f})" if "interval" in worst else ""
+    return [
+        f"Weakest group: {worst['policy']} where {worst['slice']} is {worst['group']}, AUROC {worst['value']:.3f}"
+        f"{interval}.",
+        "",
+    ]
 
 
 def _without_figures(measured: dict[str, Any]) -> str:

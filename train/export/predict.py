@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from crossguard.configs.errors import UserError
@@ -33,7 +34,8 @@ _WORKSPACE = ".predict-"
 
 
 def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -> str:
-    """Score posts and write a table with columns id, language, score.<policy>, label.<policy>.
+    """Score posts and write a table with columns id, language, score.<policy>, label.<policy>, calibrated.<policy> (the
+    probability of a violation) and action.<policy> (null where the bundle has no threshold for the language).
 
     Posts go through the checks of a build (wrong lines, consent, expiry, restricted classes, damaged media) and the
     same reading as in training, by way of temporary shards beside `output`; labels may be absent. Posts that may not be
@@ -60,12 +62,22 @@ def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -
         shards_dir = folder / "shards"
         manifest = _build(bundle, data, shards_dir, quarantine)
         predictions = _score(bundle, ShardFolder(str(shards_dir), manifest), quarantine, batch_size)
-    predictions.write(output)
+    predictions.write(output, _decided(bundle, predictions))
     said = [f"{len(predictions)} posts -> {output}"]
     said += [f"{count} left out ({rule})" for rule, count in manifest.left_out.items() if count]
     if quarantine.exists():
         said.append(f"{len(quarantine.read_bytes().splitlines())} refused -> {quarantine}")
     return "; ".join(said)
+
+
+def _decided(bundle: Bundle, predictions: Predictions) -> dict[str, pa.Array]:
+    """The columns that are decided from scores."""
+    calibrated, actions = bundle.decisions.calibrated(predictions), bundle.decisions.actions(predictions)
+    columns = {}
+    for column, policy in enumerate(predictions.policies):
+        columns[f"calibrated.{policy}"] = pa.array(calibrated[:, column], pa.float64())
+        columns[f"action.{policy}"] = pa.array(list(actions[:, column]), pa.string())
+    return columns
 
 
 @contextlib.contextmanager

@@ -1,0 +1,86 @@
+"""What training's sampling did to the share of violations, in logits: calibration takes it off again.
+
+Where strata are evened out (`data.mixing.temperature`) or further datasets are mixed in, violations are commoner, or
+rarer, in training than in the posts as they are, and a model's logits move by the difference of the log odds (Elkan,
+2001). Languages with many labels show that by themselves; for those with few it is known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from crossguard.configs.schema.mixing import OWN, MixingConfig
+from crossguard.configs.schema.taxonomy import BENIGN
+from crossguard.data.loading.order import group_shares
+from crossguard.data.loading.strata import Layout
+from crossguard.data.shards.folder import ShardFolder
+from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.train.evaluation.predictions import Predictions
+
+TRAIN = "train"
+Shifts = dict[str, dict[str, float]]
+
+
+def sampling_shifts(
+    folders: Mapping[str, ShardFolder], mixing: MixingConfig, rarity: Sequence[str], labeled: Predictions
+) -> Shifts:
+    """How far training's sampling has moved the logits.
+
+    Args:
+        folders: the recipe's own shards (`own`) and those that are mixed in.
+        mixing: as in training. Where weights change on the way, the last ones count.
+        rarity: the policies, rarest first, as strata name them.
+        labeled: posts with labels, which tell how often posts of a stratum violate other policies as well.
+
+    Returns:
+        policy -> language -> logits to subtract; languages that it moves by nothing are left out.
+    """
+    shards = {name: folder.manifest.shards_of(TRAIN) for name, folder in folders.items()}
+    if (mixing.temperature == 1 and len(folders) == 1) or not all(shards.values()):
+        return {}
+    layout = Layout.of_shards([(name, folder.manifest.strata, shards[name]) for name, folder in folders.items()])
+    sizes = dict(zip(layout.datasets.names, layout.datasets.sizes.tolist(), strict=True))
+    weights = mixing.changes[-1].weights if mixing.changes else mixing.weights or sizes
+    trained = group_shares(layout, mixing, weights)
+    if mixing.temperature == 1:  # the shares of datasets: each stratum has its part of one
+        trained = trained[layout.dataset_of_stratum] / layout.datasets.sizes[layout.dataset_of_stratum]
+        trained = trained * layout.strata.sizes
+    natural = np.where(layout.dataset_of_stratum == list(folders).index(OWN), layout.strata.sizes, 0)
+    names = [name.partition(":")[2].rpartition("/") for name in layout.strata.names]
+    languages = np.array([language for language, _, _ in names], dtype=object)
+    rates = _rates(labeled, rarity)
+    shifts: Shifts = {}
+    for policy in labeled.policies:
+        known, positive = np.array([rates.get(kind, {}).get(policy, (0.0, 0.0)) for _, _, kind in names]).T
+        for language in sorted(set(languages)):
+            rows = languages == language
+            odds = [_log_odds(weight[rows], known[rows], positive[rows]) for weight in (trained, natural)]
+            shift = odds[0] - odds[1]
+            if np.isfinite(shift) and shift:
+                shifts.setdefault(policy, {})[str(language)] = float(shift)
+    return shifts
+
+
+def _rates(labeled: Predictions, rarity: Sequence[str]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Kind of stratum -> policy -> the shares of its posts whose label is known, and whose label is positive."""
+    known = ~np.isnan(labeled.labels)
+    positive = known & (np.nan_to_num(labeled.labels) >= POSITIVE_FROM)
+    kind = np.where(known.any(axis=1), BENIGN, "").astype(object)
+    for policy in reversed(rarity):
+        kind[positive[:, labeled.policies.index(policy)]] = policy
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in set(kind) - {""}:
+        rows = kind == name
+        found[str(name)] = {
+            policy: (float(known[rows, column].mean()), float(positive[rows, column].mean()))
+            for column, policy in enumerate(labeled.policies)
+        }
+    return found
+
+
+def _log_odds(weights: np.ndarray, known: np.ndarray, positive: np.ndarray) -> float:
+    """Of the known labels of strata with these weights; not finite where one kind is missing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.log((weights * positive).sum()) - np.log((weights * (known - positive)).sum()))
