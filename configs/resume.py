@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.schema import Config
 
 # Keys, or groups of keys, that decide neither the samples of a step nor what is done with them. Where posts and shards
 # lie may change because a run directory may be copied; their content is checked by the hash in the order's state.
@@ -94,6 +96,8 @@ def changed_on_resume(
 ) -> list[str]:
     """The keys that differ between two resolved configurations and must not.
 
+    A key that an older version did not have yet counts as its default, which does what was done before there was one.
+
     Args:
         saved: the configuration stored in the checkpoint, as nested mappings.
         now: the configuration of this start, as nested mappings.
@@ -102,13 +106,29 @@ def changed_on_resume(
     Returns:
         One line for each key: its name, the old and the new value; empty when training may go on.
     """
-    old, new = _flat(saved), _flat(now)
+    defaults = _defaults(Config)
+    old, new = defaults | _flat(saved), defaults | _flat(now)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [
         f"{key}: was {old.get(key, 'not set')}, is now {new.get(key, 'not set')}"
         for key in changed
         if not any(key == name or key.startswith(f"{name}.") for name in may_change)
     ]
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    """Dotted key -> its default; keys without one are left out."""
+    leaves: dict[str, Any] = {}
+    types = get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        kind, factory = types[entry.name], entry.default_factory
+        if dataclasses.is_dataclass(kind):
+            leaves |= {f"{entry.name}.{key}": value for key, value in _defaults(cast(type, kind)).items()}
+        elif factory is not dataclasses.MISSING:
+            leaves |= _flat({entry.name: factory()})
+        elif entry.default is not dataclasses.MISSING:
+            leaves[entry.name] = entry.default
+    return leaves
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -282,5 +282,10 @@ def test_what_may_change() -> None:
     saved = {"seed": 1, "train": {"lr": 0.1, "max_steps": 5}, "zero": {"stage": 1}, "model": {"text": {"config": {}}}}
     now = {"seed": 1, "train": {"lr": 0.1, "max_steps": 9}, "zero": {"stage": 3, "deepspeed": {"a": 1}}, "model": {}}
     assert changed_on_resume(saved, now) == []
+    now["train"]["ema_decay"] = 0.0  # An older version had no such key, and no averages.
+    assert changed_on_resume(saved, now) == []
+    now["train"]["ema_decay"] = 0.9
+    assert changed_on_resume(saved, now) == ["train.ema_decay: was 0.0, is now 0.9"]
+    del now["train"]["ema_decay"]
     now["model"] = {"text": {"config": {"hidden_size": 8}}}
     assert changed_on_resume(saved, now) == ["model.text.config.hidden_size: was not set, is now 8"]
