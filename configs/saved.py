@@ -26,6 +26,7 @@ PATHS = (
     "data.media_dir",
     "data.mixing.datasets",
     "evaluation.against",
+    "evaluation.suite",
     "model.text.pretrained",
     "model.text.tokenizer",
     "model.image.pretrained",

@@ -54,8 +54,18 @@ def trained(job: Job) -> Hashes:
 
 
 def evaluated_on(job: Job) -> Hashes:
-    """Shards, checkpoints, and the predictions of the run that they are compared with."""
+    """Shards, checkpoints, the functional suite, and the predictions of the run that they are compared with."""
+    from crossguard.configs.schema import DataConfig
+    from crossguard.data.sources import fingerprint_of, open_source
+    from crossguard.data.taxonomy import Taxonomy
+
     hashes = trained(job)
+    if job.config.evaluation.suite is not None:
+        cases = DataConfig(path=job.config.evaluation.suite)
+        if not Path(job.config.evaluation.suite).exists():
+            raise UserError(f"evaluation.suite={job.config.evaluation.suite}: no such file or folder")
+        source = open_source(cases, Taxonomy.from_config(job.config.taxonomy), job.config.seed)
+        hashes["suite"] = fingerprint_of(source, cases)
     if job.config.evaluation.against is not None:
         earlier = Path(job.config.evaluation.against) / "predictions"
         files = sorted(earlier.glob("*.parquet"))

@@ -45,6 +45,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "compare RUN_A RUN_B [--json]",
         "tools for reports: what changed from one run to another, with paired intervals",
     ),
+    "prevalence": (
+        commands.prevalence,
+        "draw PREDICTIONS policy=NAME posts=N [views=COLUMN] [output=FILE] | estimate SAMPLE",
+        "the share of posts or views that violate a policy, from few labels: which posts to label, and the estimate",
+    ),
     "recipes": (commands.recipes, "", "the recipes, a sentence each"),
     "config": (commands.config, "recipe=NAME [key=value …]", "every field: value, meaning, where the value comes from"),
     "doctor": (commands.doctor, "", "check this machine and say what to do"),

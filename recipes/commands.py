@@ -73,6 +73,13 @@ def report(argv: list[str]) -> None:
     use_tool(argv)
 
 
+def prevalence(argv: list[str]) -> None:
+    """Which posts to label, and what their labels say about all."""
+    from crossguard.recipes.prevalence_tools import prevalence as use_tool
+
+    use_tool(argv)
+
+
 def recipes(argv: list[str]) -> None:
     """The recipes that can be named from here."""
     _no_arguments("recipes", argv)

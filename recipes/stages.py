@@ -96,6 +96,8 @@ EVALUATE = Stage(
         "evaluation.calibration",
         "evaluation.actions",
         "evaluation.margin",
+        "evaluation.false_positive_cost",
+        "evaluation.false_negative_cost",
         "evaluation.metrics",
         "evaluation.references",
     ),

@@ -7,12 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from build_job import build, make_config, write_lines
-from sklearn.metrics import brier_score_loss
+from sklearn.metrics import brier_score_loss, log_loss
 
 from crossguard.configs.schema import EvaluationConfig
 from crossguard.configs.schema.mixing import MixingConfig
 from crossguard.data.shards.folder import ShardFolder
-from crossguard.train.evaluation.calibration import METHODS, Calibrator, fit_calibrator, logits, sigmoid
+from crossguard.train.evaluation.calibration import (
+    METHODS,
+    Calibrator,
+    _fit_line,
+    _Posts,
+    fit_calibrator,
+    logits,
+    sigmoid,
+)
 from crossguard.train.evaluation.decided import measure_calibration
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.reliability import diagram, reliability
@@ -63,6 +71,44 @@ def test_the_worst_language_is_calibrated_and_no_other_pays_for_it(seed: int) ->
     # With 300 labels the share of violations itself is known to within .025 only.
     assert max(own[name] for name in large) <= 0.05
     assert all(own[name] <= pooled[name] + 0.015 for name in large)
+
+
+def test_where_languages_are_alike_a_few_labels_are_not_believed_against_all_others() -> None:
+    sizes = {"en": 2000, "de": 1000, "it": 400, "sw": 20}
+    unseen = draw_posts({"sw": 10_000}, 99)
+    found = []
+    for seed in range(8):
+        fitted = fit_calibrator(*draw_posts(sizes, seed), {})
+        found.append(reliability(unseen[0], fitted(*unseen[1:]))["ece"])
+    # Twenty labels alone would leave an error of about .08.
+    assert np.mean(found) <= 0.03
+
+
+def test_languages_that_differ_a_little_are_pooled_in_part() -> None:
+    draw = np.random.default_rng(0)
+    names = [f"l{number}" for number in range(30)]
+    offsets = dict(zip(names, 0.8 * draw.normal(size=30), strict=True))
+
+    def posts_of(count: int) -> Posts:
+        languages = np.repeat(np.array(names, dtype=object), count)
+        truth = draw.normal(size=len(languages)) * 1.5 - 1
+        labels = (draw.random(len(languages)) < sigmoid(truth)).astype(int)
+        return labels, sigmoid(truth + np.array([offsets[name] for name in languages])), languages
+
+    labels, scores, languages = posts_of(60)
+    unseen_labels, unseen, strange = posts_of(1000)
+
+    def loss(calibrator: Calibrator) -> float:
+        return float(log_loss(unseen_labels, calibrator(unseen, strange)))
+
+    fitted = fit_calibrator(labels, scores, languages, {}, "platt")
+    posts = _Posts.of(labels, scores, languages, {})
+    alone = {
+        name: _fit_line(posts.logits[rows], labels[rows], (1.0, 0.0), 1e-6, posts, True)
+        for name, rows in posts.rows.items()
+    }
+    assert loss(fitted) < loss(Calibrator("platt", fitted.policy)) - 0.005
+    assert loss(fitted) < loss(Calibrator("platt", fitted.policy, alone)) - 0.002
 
 
 def test_a_language_without_labels_gets_the_policy_s_map() -> None:

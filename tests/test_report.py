@@ -15,6 +15,7 @@ from conftest import WORDS, write_posts
 from evaluation_job import ALONE, add_ablation, make_config, make_run
 
 from crossguard.configs.schema import Config, DataConfig
+from crossguard.train.evaluation.decisions import NO_LABELS
 from crossguard.train.evaluation.findings import Finding, find
 from crossguard.train.evaluation.metrics import worst_groups
 from crossguard.train.evaluation.stage import run_evaluation
@@ -71,10 +72,22 @@ class Page(HTMLParser):
         self.text += data
 
 
+def write_suite(file: Path) -> Path:
+    """Eight cases in two languages of two functions; one names none."""
+    lines = []
+    for number in range(8):
+        meta = {"functionality": ["shouting", "negation"][number % 2], "target": "no one"} if number < 7 else {}
+        post = {"id": f"case-{number}", "text": "win " * number + "!!", "language": ["de", "en"][number // 4]}
+        lines.append(json.dumps({**post, "labels": {"spam": number % 2}, "split": "cases", "meta": meta}))
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("report")
     config = make_config(write_posts(folder / "posts"), folder / "run")
+    config.evaluation.suite = str(write_suite(folder / "suite.jsonl"))
     make_run(config)
     add_ablation(config, "text_only", ["text"])
     lines = [{"split": "train", "step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0} for step in (1, 2, 3)]
@@ -108,6 +121,32 @@ def test_the_page_is_whole_and_has_every_section(page: Page) -> None:
         assert words in page.text
 
 
+def test_the_dataset_card_counts_what_the_shards_hold(config: Config) -> None:
+    run_dir = Path(config.run_dir)
+    card = (run_dir / "report" / "dataset_card.md").read_text(encoding="utf-8")
+    metrics = json.loads((run_dir / "report" / "metrics.json").read_text())
+    cell = metrics["splits"]["test"]["policies"]["insult"]["all"]
+    assert f"| test | insult | {cell['n']} | {cell['positives']} (" in card
+    rows = [line.split(" | ") for line in card.splitlines() if line.startswith(("| en |", "| es |", "| ar |"))]
+    assert sum(int(count.strip(" |")) for row in rows for count in row[1:4]) == 240
+    assert metrics["shards"] in card
+
+
+def test_a_suite_is_scored_case_by_case_and_leaves_nothing_behind(config: Config, page: Page) -> None:
+    run_dir = Path(config.run_dir)
+    suite = json.loads((run_dir / "report" / "metrics.json").read_text())["suite"]
+    spam = suite["policies"]["spam"]
+    assert (suite["name"], set(suite["policies"])) == ("suite.jsonl", {"spam"})
+    assert (spam["all"]["n"], spam["all"]["violating"]) == (8, 4)
+    assert {name: cell["n"] for name, cell in spam["by_functionality"].items()} == {"shouting": 4, "negation": 3}
+    assert {name: cell["n"] for name, cell in spam["by_language"].items()} == {"de": 4, "en": 4}
+    assert spam["by_functionality_and_language"]["negation"]["en"]["n"] == 1
+    assert spam["all"]["passed"] == sum(cell["passed"] for cell in spam["by_language"].values())
+    assert "Functional suite, spam" in page.text
+    assert not (run_dir / ".suite").exists()
+    assert not (run_dir / "predictions" / "cases.parquet").exists()
+
+
 def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> None:
     assert [address for address in page.addresses if not address.startswith("#")] == ["data:,"]
     assert page.tags & {"script", "img", "iframe", "object", "embed"} == set()
@@ -119,7 +158,7 @@ def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> 
 
 def test_the_page_holds_nothing_of_what_posts_say(page: Page) -> None:
     assert [word for word in WORDS["es"] + WORDS["ar"] if len(word) > 4 and word in page.text] == []
-    assert "post/" not in page.text
+    assert "post/" in page.text
 
 
 def test_no_file_but_the_shards_repeats_what_a_post_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -202,3 +241,34 @@ def test_the_summary_says_what_it_cannot_say(config: Config) -> None:
         assert any("nothing about the quality of moderation" in finding.text for finding in findings) is warned
     del few["macro"]
     assert said(config, {"splits": {"test": few}})[0].text.startswith("The test split has too few known")
+
+
+def test_the_summary_says_where_a_promise_is_missing_or_broken(config: Config) -> None:
+    test = measured(0.9, 0.95, {"en": 0.9, "de": 0.9})
+    threshold = {"above": 0.5, "flagged": 30, "precision": 1.0, "recall": 0.5}
+    actions = {
+        "en": {"remove": threshold},
+        "de": {"remove": {"above": None, "abstains": "3 labels"}},
+        "fr": {"remove": {"above": None, "abstains": NO_LABELS}},
+    }
+    decisions = {"promises": {"remove": "precision ≥ 0.95"}, "thresholds": {"spam": actions}}
+    metrics = {"splits": {"test": test}, "decisions": decisions}
+    assert any("support it in 1 of 2 cells" in finding.text for finding in said(config, metrics))
+    for high, broken in [(0.94, True), (0.96, False)]:
+        cell = {"precision": {"value": 0.8, "interval": [0.5, high]}}
+        test["actions"] = {"spam": {"remove": {"by_language": {"en": cell}}}}
+        found = [one.tone for one in said(config, metrics) if "misses it on split test in spam in en" in one.text]
+        assert found == (["bad"] if broken else [])
+    del metrics["decisions"]
+    assert any("No calibration and no thresholds" in finding.text for finding in said(config, metrics))
+
+
+def test_the_summary_says_whom_false_positives_hit(config: Config) -> None:
+    for low, named in [(0.0, False), (0.02, True)]:
+        test = measured(0.9, 0.95, {"en": 0.9})
+        groups = {"EU": {"n": 100, "rate": 0.1, "interval": [0, 1]}, "US": {"n": 90, "rate": 0.02, "interval": [0, 1]}}
+        gap = {"gap": 0.08, "interval": [low, 0.2], "highest": "EU", "lowest": "US", "groups": groups}
+        test["policies"]["spam"]["false_positive_gap"] = {"threshold": 0.4, "by": {"region": gap}}
+        texts = [finding.text for finding in said(config, {"splits": {"test": test}})]
+        sentence = "spam flags 10.0% of them where region is EU and 2.0% where it is US"
+        assert any(sentence in text for text in texts) is named

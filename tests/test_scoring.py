@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import run_command, write_posts
 from evaluation_job import ALONE, add_ablation, make_config, make_run
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from crossguard.configs.errors import JobError, UserError
@@ -129,7 +130,8 @@ def test_the_stage_writes_what_the_contract_says(evaluated: Config) -> None:
     metrics = json.loads((run_dir / "report" / "metrics.json").read_text())
     assert set(metrics["splits"]) == {"validation", "test"}
     test = metrics["splits"]["test"]
-    assert set(test) == {"policies", "macro", "macro_policy_language", "worst", "calibration", "actions"}
+    contract = {"policies", "macro", "macro_policy_language"}
+    assert set(test) == contract | {"worst", "calibration", "actions", "routing"}
     assert set(metrics["decisions"]) == {"fitted_on", "promises", "calibration", "thresholds"}
     assert {"all", "by_language", "by_slice"} <= set(test["policies"]["spam"])
     assert set(test["policies"]["spam"]["by_slice"]["modality"]) == {"text", "image", "text+image"}
@@ -153,6 +155,21 @@ def test_two_ranks_write_the_same_bytes_as_one(evaluated: Config, tmp_path: Path
     # The saved configuration names files relative to the working directory.
     run_command([*launch, str(job), str(run_dir)], Path.cwd())
     assert {name: (run_dir / name).read_bytes() for name in names} == before
+    # And they are scikit-learn's on one, to the last digit.
+    scored = Predictions.read(run_dir / "predictions" / "test.parquet")
+    measured = json.loads((run_dir / "report" / "metrics.json").read_text())["splits"]["test"]["policies"]
+    for column, policy in enumerate(scored.policies):
+        for language in ("all", *sorted(set(scored.languages))):
+            cells = measured[policy]
+            cell = cells["all"] if language == "all" else cells["by_language"][language]
+            rows = ~np.isnan(scored.labels[:, column]) & (
+                np.array([language in ("all", own) for own in scored.languages])
+            )
+            labels, scores = scored.labels[rows, column] >= 0.5, scored.scores[rows, column]
+            assert cell["n"] == rows.sum()
+            if "insufficient" not in cell:
+                assert cell["auroc"] == roc_auc_score(labels, scores)
+                assert cell["average_precision"] == average_precision_score(labels, scores)
 
 
 def test_posts_that_cannot_be_read_are_left_out_and_named_once(

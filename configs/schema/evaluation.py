@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.actions import ALLOW, ActionConfig, default_actions
-from crossguard.configs.schema.checks import at_least, one_of
+from crossguard.configs.schema.actions import ALLOW, DEFAULT_ACTIONS, ActionConfig
+from crossguard.configs.schema.checks import above, at_least, one_of
 from crossguard.configs.suggest import allowed
 
 CALIBRATIONS = ("auto", "none", "temperature", "platt", "isotonic")
@@ -52,16 +52,22 @@ class EvaluationConfig:
     # How scores become probabilities, per policy and language, from the validation split: temperature, platt,
     # isotonic, auto for the one that predicts held-out validation posts best, or none.
     calibration: str = "auto"
-    # Action -> what it promises, the most severe first: {remove: {precision: 0.95}, human_review: {recall: 0.8}}. Each
-    # policy and language gets its own threshold, or none where the validation posts cannot support the promise.
-    # `allow` is what is left. An action set to null is dropped.
-    actions: dict[str, ActionConfig | None] = field(default_factory=default_actions)
+    # Action -> what it promises, the most severe first; by default {remove: {precision: 0.95}, human_review: {recall:
+    # 0.8}}. Each policy and language gets its own threshold, or none where the validation posts cannot support the
+    # promise. `allow` is what is left.
+    actions: dict[str, ActionConfig] = field(default_factory=dict)
     # Further metrics of your own, `module:function` with (labels, scores) -> float; reported under the function's name.
     metrics: list[str] = field(default_factory=list)
     # An earlier run's directory to compare with: `crossguard evaluate` fails (status 1) where a group got worse.
     against: str | None = None
     # How much worse, in average precision or AUROC, a group may get; beyond that, and beyond chance, it counts.
     margin: float = 0.02
+    # A functional suite: a file of posts with the function that each tests under meta.functionality (HateCheck's way).
+    suite: str | None = None
+    # For the curves of review budgets: what acting on a benign post costs, in any unit.
+    false_positive_cost: float = 1.0
+    # For the same curves: what missing a violation costs.
+    false_negative_cost: float = 1.0
     # Simple models fitted on the same training split and shown beside: tfidf_logistic_regression.
     references: list[str] = field(default_factory=list)
 
@@ -71,6 +77,8 @@ class EvaluationConfig:
         at_least("evaluation.batch_size", self.batch_size, 1)
         at_least("evaluation.min_positives", self.min_positives, 1)
         at_least("evaluation.margin", self.margin, 0)
+        above("evaluation.false_positive_cost", self.false_positive_cost, 0)
+        above("evaluation.false_negative_cost", self.false_negative_cost, 0)
         for name in slice_fields(self.slices):
             whole, _, key = name.partition(".")
             if (f"{whole}." if key else name) not in SLICE_FIELDS:
@@ -91,6 +99,11 @@ class EvaluationConfig:
             if name in taken:
                 raise UserError(f"evaluation.metrics: {spec}: the name '{name}' is taken; rename the function")
             taken.append(name)
+
+    @property
+    def targets(self) -> dict[str, ActionConfig]:
+        """Action -> what it promises, the most severe first."""
+        return self.actions or DEFAULT_ACTIONS
 
 
 def slice_fields(slices: Iterable[str]) -> list[str]:

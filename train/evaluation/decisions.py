@@ -97,7 +97,7 @@ def fit_decisions(validation: Predictions, config: EvaluationConfig, shifts: Shi
     """
     calibrators: dict[str, Calibrator] = {}
     thresholds: dict[str, dict[str, dict[str, Threshold]]] = {}
-    targets = {name: action for name, action in config.actions.items() if action is not None}
+    targets = config.targets
     for policy in validation.policies:
         known = Known.of(validation, policy)
         fewest = min(known.labels.sum(), (1 - known.labels).sum())

@@ -9,11 +9,13 @@ from typing import Any
 
 from crossguard.configs.schema import Config
 from crossguard.train.evaluation.compare import in_words as worse_in_words
+from crossguard.train.evaluation.decisions import NO_LABELS
 
 # Differences of average precision or AUROC below this are called level.
 LEVEL = 0.01
 # A split or language below this AUROC is called failed; chance is .5.
 FAILS_BELOW = 0.6
+GUESSING = 0.5
 REFERENCE_NAMES = {"tfidf_logistic_regression": "character n-grams with logistic regression"}
 
 
@@ -35,7 +37,7 @@ def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) 
         found += _new_languages(name, measured, train_languages)
     found += _weakest_group(metrics["splits"][split]) + _widest_gap(metrics["splits"][split])
     found += _insufficient(metrics["splits"][split], split, config)
-    found += _decisions(config, metrics, split) + _against_earlier(metrics)
+    found += _decisions(config, metrics, split) + _against_earlier(metrics) + _suite(metrics)
     if config.data.source == "synthetic":
         found.append(
             Finding(
@@ -95,6 +97,21 @@ def _against_earlier(metrics: Mapping[str, Any]) -> list[Finding]:
         return [Finding("good", f"No group is worse than in the earlier run {earlier}, by more than {margin:g}.")]
     text = f"Worse than the earlier run {earlier} by more than {margin:g}: {worse_in_words(worse[0])}"
     return [Finding("bad", f"{text}{f', and {len(worse) - 1} more' if len(worse) > 1 else ''}.")]
+
+
+def _suite(metrics: Mapping[str, Any]) -> list[Finding]:
+    """Functions of the suite that are passed less often than by guessing."""
+    found = []
+    for policy, result in metrics.get("suite", {}).get("policies", {}).items():
+        functions = result["by_functionality"]
+        failed = sorted(name for name, cell in functions.items() if cell["interval"][1] < GUESSING)
+        text = (
+            f"Functional suite, {policy}: {result['all']['pass_rate']:.1%} of {result['all']['n']:,} cases are passed"
+        )
+        if failed:
+            text += f"; worse than guessing: {', '.join(in_words(name) for name in failed)}"
+        found.append(Finding("bad" if failed else "note", f"{text}."))
+    return found
 
 
 def _against_ablations(metrics: Mapping[str, Any], split: str) -> list[Finding]:
@@ -182,6 +199,7 @@ def _decisions(config: Config, metrics: Mapping[str, Any], split: str) -> list[F
             (policy, language): one[action]
             for policy, languages in metrics["decisions"]["thresholds"].items()
             for language, one in languages.items()
+            if one[action].get("abstains") != NO_LABELS
         }
         kept = sum(threshold["above"] is not None for threshold in places.values())
         if kept < len(places):
@@ -201,7 +219,7 @@ def _decisions(config: Config, metrics: Mapping[str, Any], split: str) -> list[F
 
 def _broken(config: Config, measured: Mapping[str, Any], action: str) -> list[str]:
     """Policies and languages whose interval lies below what was promised."""
-    target = config.evaluation.actions.get(action)
+    target = config.evaluation.targets.get(action)
     if target is None:
         return []
     name, value = ("precision", target.precision) if target.precision is not None else ("recall", target.recall)

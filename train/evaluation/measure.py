@@ -1,4 +1,4 @@
-"""From predictions to figures: report/metrics.json and report/report.html, on rank 0."""
+"""From predictions to figures: report/metrics.json, report.html and dataset_card.md, on rank 0."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from typing import Any
 import numpy as np
 
 from crossguard.configs.schema import Config
+from crossguard.configs.schema.mixing import OWN
 from crossguard.data.loading.plan import open_folders
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.compare import compare, read_run
+from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
 from crossguard.train.evaluation.metrics import evaluate_predictions
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
+from crossguard.train.evaluation.routing import measure_routing
 from crossguard.train.evaluation.sampling_prior import Shifts, sampling_shifts
 from crossguard.train.evaluation.splits import TRAIN, VALIDATION
+from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
 # What the run's own model is called beside its ablations and references.
 MODEL = "this model"
@@ -44,9 +48,15 @@ class Posts:
 
 
 def measure(
-    run_dir: Path, step: int, config: Config, posts: Posts, scored: dict[str, Scored], ablations: list[str]
+    run_dir: Path,
+    step: int,
+    config: Config,
+    posts: Posts,
+    scored: dict[str, Scored],
+    ablations: list[str],
+    suite: list[Predictions],
 ) -> None:
-    """Write metrics.json and report.html from the predictions alone.
+    """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
     Args:
         run_dir: where to.
@@ -55,23 +65,16 @@ def measure(
         posts: what was scored; references are fitted on its training split.
         scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
         ablations: their names.
+        suite: predictions on the functional suite, if there is one.
     """
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
-    metrics: dict[str, Any] = {
-        "splits": _metrics(scored[MODEL], config, in_detail=True),
-        "checkpoint": {"step": step},
-        "shards": posts.folder.manifest.sha256,
-    }
-    decisions = _decide(config, posts, scored[MODEL])
-    if decisions is not None:
-        metrics["decisions"] = {"fitted_on": VALIDATION, **decisions.to_json()}
-        _measure_decisions(metrics["splits"], scored[MODEL], decisions, config)
-    if config.evaluation.against is not None:
-        earlier = Path(config.evaluation.against)
-        found = compare(scored[MODEL], read_run(earlier), config.evaluation)
-        metrics["against"] = {"run": earlier.name, "margin": config.evaluation.margin, **found}
+    metrics = _figures(config, posts, scored, references, step)
+    if suite:
+        validation = scored[MODEL].get(VALIDATION)
+        thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
+        metrics["suite"] = measure_suite(suite, Path(str(config.evaluation.suite)).name, thresholds)
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
     if references:
@@ -82,7 +85,30 @@ def measure(
     file = run_dir / "report" / "metrics.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
+    card = dataset_card(config, posts.folder.manifest, metrics)
+    write_atomic(file.with_name("dataset_card.md"), card.encode())
     write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
+
+
+def _figures(
+    config: Config, posts: Posts, scored: dict[str, Scored], references: dict[str, Scored], step: int
+) -> dict[str, Any]:
+    """What is measured of the run's own model."""
+    metrics: dict[str, Any] = {
+        "splits": _metrics(scored[MODEL], config, in_detail=True),
+        "checkpoint": {"step": step},
+        "shards": posts.folder.manifest.sha256,
+    }
+    decisions = _decide(config, posts, scored[MODEL])
+    if decisions is not None:
+        metrics["decisions"] = {"fitted_on": VALIDATION, **decisions.to_json()}
+        _measure_decisions(metrics["splits"], scored[MODEL], decisions, config)
+    _measure_routing(metrics["splits"], scored | references, decisions, config)
+    if config.evaluation.against is not None:
+        earlier = Path(config.evaluation.against)
+        found = compare(scored[MODEL], read_run(earlier), config.evaluation)
+        metrics["against"] = {"run": earlier.name, "margin": config.evaluation.margin, **found}
+    return metrics
 
 
 def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
@@ -91,7 +117,7 @@ def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
         return None
     shifts: Shifts = {}
     if config.evaluation.calibration != "none" and posts.folder.manifest.shards_of(TRAIN):
-        folders = open_folders(config)
+        folders = open_folders(config) if config.data.mixing.datasets else {OWN: posts.folder}
         shifts = sampling_shifts(folders, config.data.mixing, posts.folder.manifest.rarity, scored[VALIDATION])
     return fit_decisions(scored[VALIDATION], config.evaluation, shifts)
 
@@ -101,6 +127,15 @@ def _measure_decisions(splits: dict[str, dict[str, Any]], scored: Scored, decisi
         calibrated = decisions.calibrated(predictions)
         splits[split]["calibration"] = measure_calibration(predictions, calibrated, config.evaluation)
         splits[split]["actions"] = measure_actions(predictions, decisions)
+
+
+def _measure_routing(
+    splits: dict[str, dict[str, Any]], scored: dict[str, Scored], decisions: Decisions | None, config: Config
+) -> None:
+    for split, predictions in scored[MODEL].items():
+        probabilities = predictions.scores if decisions is None else decisions.calibrated(predictions)
+        cheaper = {name: others[split] for name, others in scored.items() if name != MODEL}
+        splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, config.evaluation)
 
 
 def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bool = False) -> dict[str, Any]:

@@ -80,6 +80,12 @@ def history_panel(title: str, lines: Mapping[str, Line], *, smooth: bool = False
     return _svg(figure, title)
 
 
+def share_panel(title: str, lines: Mapping[str, Line], x: str, y: str, start: float | None = None) -> str:
+    """Values over a share; the first line in colour. From `start` a thin line leads to 1: chance."""
+    chance: Line = ([0, 1], [start, 1]) if start is not None else ([], [])
+    return _curves(title, lines, (x, y), chance)
+
+
 def reliability_panel(policy: str, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Share of violations over the mean score of bins: calibrated in colour with exact intervals, raw in grey."""
     title = f"{policy}: reliability"

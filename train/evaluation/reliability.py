@@ -9,10 +9,12 @@ import numpy as np
 from crossguard.train.evaluation.intervals import proportion_interval
 
 BINS = 15
+# Posts of a bin at least, where there are so many.
+LEAST = 10
 
 
 def reliability(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Expected calibration error over BINS bins of equally many posts, as it is and without its bias, and Brier score.
+    """Expected calibration error over bins of equally many posts, as it is and without its bias, and Brier score.
 
     Chance alone makes a perfect model err in every bin: at 300 posts by about .055. What chance adds to each bin's
     distance is estimated from its binomial error and taken off (after Kumar et al., 2019, arXiv 1909.10155).
@@ -58,6 +60,6 @@ def diagram(labels: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _bins(scores: np.ndarray) -> list[np.ndarray]:
-    """Rows of each bin: BINS of nearly as many posts, fewer where there are not that many."""
+    """Rows of each bin: BINS of nearly as many posts, fewer where they would hold less than LEAST."""
     order = np.argsort(scores, kind="stable")
-    return [part for part in np.array_split(order, BINS) if len(part)]
+    return np.array_split(order, min(BINS, max(1, len(order) // LEAST)))

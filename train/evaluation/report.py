@@ -19,6 +19,7 @@ from crossguard.train.evaluation.findings import find, in_words, primary_split
 from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
+from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
 from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -96,6 +97,10 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "reliability": diagrams(metrics["splits"][split]),
         "calibration": calibration_rows(metrics["splits"][split]),
         "thresholds": threshold_rows(metrics, split),
+        "review": review_panels(metrics["splits"][split]),
+        "cascade": cascade_panels(metrics["splits"][split]),
+        "suites": suite_tables(metrics),
+        "errors": worst_errors(next(iter(evaluated.predictions.values()))[split]),
         "train_languages": train_languages,
         "curves": _curve_panels(evaluated, split),
         "manifest": manifest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from crossguard.train.evaluation.decisions import NO_LABELS
 from crossguard.train.evaluation.plots import reliability_panel
 from crossguard.train.evaluation.slices import LANGUAGE
 
@@ -34,14 +35,18 @@ def calibration_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def threshold_rows(metrics: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
-    """A row for each policy, language and action, with what it reached on the split; those that abstain come last."""
+def threshold_rows(metrics: Mapping[str, Any], split: str) -> dict[str, list[dict[str, Any]]]:
+    """A row for each policy, language and action: those with a threshold, and what they reached on the split; those
+    that abstain although there are labels."""
     reached = metrics["splits"][split].get("actions", {})
-    rows = []
+    rows: dict[str, list[dict[str, Any]]] = {"kept": [], "abstaining": []}
     for policy, languages in metrics.get("decisions", {}).get("thresholds", {}).items():
         for language, actions in languages.items():
             for action, threshold in actions.items():
+                if threshold.get("abstains") == NO_LABELS:
+                    continue
+                row = {"policy": policy, "language": language, "action": action, "threshold": threshold}
                 cell = reached.get(policy, {}).get(action, {}).get("by_language", {}).get(language)
-                row = {"policy": policy, "language": language, "action": action, "reached": cell}
-                rows.append(row | {"threshold": threshold, "promise": metrics["decisions"]["promises"][action]})
-    return sorted(rows, key=lambda row: row["threshold"]["above"] is None)
+                kind = "abstaining" if threshold["above"] is None else "kept"
+                rows[kind].append(row | {"reached": cell})
+    return rows

@@ -32,10 +32,12 @@ def slice_maps(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def gap_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each policy and slice whose groups could be compared, the widest gap first."""
+    """A row for each policy and slice with a gap between its groups, the widest first."""
     rows = []
     for policy, result in measured["policies"].items():
         for name, gap in result.get("false_positive_gap", {}).get("by", {}).items():
+            if not gap["gap"]:
+                continue
             ends = {end: gap["groups"][gap[end]] | {"group": gap[end]} for end in ("highest", "lowest")}
             rows.append({"policy": policy, "slice": name, "gap": gap["gap"], "interval": gap["interval"], **ends})
     return sorted(rows, key=lambda row: -row["gap"])

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import nn
 
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain, load_config
@@ -19,9 +23,11 @@ from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
+from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
 from crossguard.train.evaluation.splits import evaluated_splits
+from crossguard.train.evaluation.suite import FIELDS, suite_readers
 from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
@@ -49,15 +55,20 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
         posts = _open_posts(config, ranks)
         watchdog.arm()
         fields = _read_fields(config, posts, ranks)
-        scored = {MODEL: _score(run_dir, checkpoint, config.model, config, posts, fields, ranks)}
+        with suite_readers(config, run_dir, ranks) as cases:
+            model = Scorer.load(run_dir, checkpoint, config.model, config, posts, ranks)
+            suite = [model.score_suite(reader) for reader in cases]
+            scored = {MODEL: model.score(posts, fields)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
         for folder in ablations:
-            model = load_config(folder / "config.yaml").model
-            scored[folder.name] = _score(folder, best_valid(folder, ranks), model, config, posts, fields, ranks)
+            architecture = load_config(folder / "config.yaml").model
+            ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
+            scored[folder.name] = ablated.score(posts, fields)
         if ranks.is_first:
-            measure(run_dir, step_of(checkpoint), config, posts, scored, [folder.name for folder in ablations])
+            names = [folder.name for folder in ablations]
+            measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite)
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
@@ -83,40 +94,67 @@ def _read_fields(config: Config, posts: Posts, ranks: Ranks) -> dict[str, Fields
     return found
 
 
-def _score(
-    run_dir: Path,
-    checkpoint: Path,
-    model_config: ModelConfig,
-    config: Config,
-    posts: Posts,
-    fields: dict[str, Fields],
-    ranks: Ranks,
-) -> Scored:
-    """Predictions of the checkpoint in `run_dir` on every split; rank 0 writes them there."""
-    encode = PostEncoder(model_config, posts.taxonomy)
-    model = load_trained(model_config, encode, load_weights(checkpoint), checkpoint).to(ranks.device)
-    refused: list[dict[str, Any]] = []
-    scored = {}
-    for split in posts.splits:
-        predictions = score_split(
-            model,
-            encode,
-            posts.readers[split],
-            posts.rows[split],
-            ranks,
-            config.evaluation.batch_size,
-            num_workers=config.train.num_workers,
+@dataclass
+class Scorer:
+    """A trained model that scores posts on all ranks."""
+
+    run_dir: Path
+    model: nn.Module
+    encode: PostEncoder
+    config: Config
+    ranks: Ranks
+
+    @classmethod
+    def load(
+        cls, run_dir: Path, checkpoint: Path, model: ModelConfig, config: Config, posts: Posts, ranks: Ranks
+    ) -> Scorer:
+        """The checkpoint of a run directory."""
+        encode = PostEncoder(model, posts.taxonomy)
+        trained = load_trained(model, encode, load_weights(checkpoint), checkpoint)
+        return cls(run_dir, trained.to(ranks.device), encode, config, ranks)
+
+    def score(self, posts: Posts, fields: dict[str, Fields]) -> Scored:
+        """Predictions on every split; rank 0 writes them into the run directory."""
+        refused: list[dict[str, Any]] = []
+        scored = {}
+        for split in posts.splits:
+            predictions = self._score(posts.readers[split], posts.rows[split], split, refused)
+            scored[split] = predictions.with_fields(fields[split])
+            if self.ranks.is_first:
+                scored[split].write(self.run_dir / "predictions" / f"{split}.parquet")
+        self._name(refused)
+        return scored
+
+    def score_suite(self, reader: ShardReader) -> Predictions:
+        """Predictions on the cases of a functional suite."""
+        refused: list[dict[str, Any]] = []
+        rows = np.arange(len(reader))
+        predictions = self._score(reader, rows, "the suite", refused)
+        self._name(refused)
+        return predictions.with_fields(read_fields(reader, rows, FIELDS))
+
+    def _score(self, reader: ShardReader, rows: np.ndarray, what: str, refused: list[dict[str, Any]]) -> Predictions:
+        return score_split(
+            self.model,
+            self.encode,
+            reader,
+            rows,
+            self.ranks,
+            self.config.evaluation.batch_size,
+            num_workers=self.config.train.num_workers,
             on_refused=refused.append,
-            title=f"evaluate {run_dir.name} on {split}",
+            title=f"evaluate {self.run_dir.name} on {what}",
         )
-        scored[split] = predictions.with_fields(fields[split])
-        if ranks.is_first:
-            scored[split].write(run_dir / "predictions" / f"{split}.parquet")
-    everyone = list(itertools.chain(*ranks.gather(refused)))
-    if everyone and ranks.is_first:
-        _quarantine(run_dir / "quarantine.jsonl", everyone)
-        ranks.say(f"evaluate: {len(everyone)} posts cannot be read and were not scored; see {run_dir}/quarantine.jsonl")
-    return scored
+
+    def _name(self, refused: list[dict[str, Any]]) -> None:
+        """Rank 0: the posts that no rank could read."""
+        everyone = list(itertools.chain(*self.ranks.gather(refused)))
+        if everyone and self.ranks.is_first:
+            _quarantine(self.run_dir / "quarantine.jsonl", everyone)
+            self.ranks.say(
+                f"evaluate: {len(everyone)} posts cannot be read and were not scored; see "
+                f"{self.run_dir}/quarantine.jsonl"
+            )
 
 
 def _quarantine(file: Path, refused: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crossguard.configs.schema import Config
-from crossguard.train.evaluation.decisions import Decisions
+from crossguard.train.evaluation.decisions import NO_LABELS, Decisions
 from crossguard.train.export.measured import decisions_of, measured
 
 NOT_MEASURED = "Nothing was measured: `crossguard evaluate` has not run."
@@ -46,7 +46,7 @@ def model_card(config: Config, run_dir: Path, step: int) -> str:
             "|---|---|---|---|---|",
         ]
         lines += [_row(policy, result["all"]) for policy, result in of_split["policies"].items()]
-        lines += ["", _without_figures(of_split), ""]
+        lines += ["", *_worst(of_split), _without_figures(of_split), ""]
     lines += _threshold_lines(decisions)
     for kind in ("ablations", "references"):
         for name, other in metrics.get(kind, {}).items():
@@ -72,7 +72,8 @@ def _threshold_lines(decisions: Decisions) -> list[str]:
         return []
     lines = ["### Actions", "", "| action | promise | policies × languages with a threshold |", "|---|---|---|"]
     for action, promise in decisions.promises.items():
-        cells = [one[action] for languages in decisions.thresholds.values() for one in languages.values()]
+        every = [one[action] for languages in decisions.thresholds.values() for one in languages.values()]
+        cells = [threshold for threshold in every if threshold.abstains != NO_LABELS]
         kept = sum(threshold.above is not None for threshold in cells)
         lines.append(f"| {action} | {promise} | {kept} of {len(cells)}; elsewhere the labels cannot support it |")
     return [*lines, ""]
@@ -83,6 +84,19 @@ def _row(policy: str, cell: dict[str, Any]) -> str:
     if "insufficient" in cell:
         return f"| {policy} | insufficient data | | {counts}"
     return f"| {policy} | {cell['average_precision']:.3f} | {cell['auroc']:.3f} | {counts}"
+
+
+def _worst(measured: dict[str, Any]) -> list[str]:
+    """The weakest group by AUROC."""
+    worst = measured.get("worst", {}).get("auroc")
+    if worst is None:
+        return []
+    interval = f" ({worst['interval'][0]:.3f} to {worst['interval'][1]:.3f})" if "interval" in worst else ""
+    return [
+        f"Weakest group: {worst['policy']} where {worst['slice']} is {worst['group']}, AUROC {worst['value']:.3f}"
+        f"{interval}.",
+        "",
+    ]
 
 
 def _without_figures(measured: dict[str, Any]) -> str:
