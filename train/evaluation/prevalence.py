@@ -23,8 +23,11 @@ STRATA = 20
 DEFENSIVE = 0.1
 # Labels of a stratum at least.
 LEAST = 2
-# Before any label, half a violation is supposed to have been found where they are expected, and the variance of two.
-SUPPOSED_FOUND, SUPPOSED_SPREAD = 0.5, 2.0
+# Before any label, half a violation is supposed to have been found where they are expected, and the variance of one.
+SUPPOSED_FOUND, SUPPOSED_SPREAD = 0.5, 1.0
+# How much of the variance is that of the violations expected in each stratum, and not of those found: a rare one that
+# would count for many posts mostly is not in the sample, and then says nothing of itself.
+EXPECTED_SPREAD = 0.12
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ def estimate(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = weights * columns["label"]
     supposed = columns["expected"] / columns["expected"].sum()
     mean = float((found + SUPPOSED_FOUND * supposed * weights).sum())
-    variance = float((weights**2 * unseen * (columns["label"] + SUPPOSED_SPREAD * supposed)).sum())
+    expected = columns["expected"] * mean / (weights * columns["expected"]).sum()
+    spread = (1 - EXPECTED_SPREAD) * columns["label"] + EXPECTED_SPREAD * expected + SUPPOSED_SPREAD * supposed
+    variance = float((weights**2 * unseen * spread).sum())
     prevalence = float(found.sum())
     interval = [prevalence, prevalence]
     if variance > 0:  # else every post is labeled
