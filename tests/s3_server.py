@@ -38,8 +38,9 @@ class Server:
         return Counter(path.removeprefix("/shards/here/") for name, path in self.requests if name == method)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def moto() -> Iterator[ThreadedMotoServer]:
+    """One for all tests: fsspec keeps what it has opened, with the address."""
     from moto.server import ThreadedMotoServer  # slow to import
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
