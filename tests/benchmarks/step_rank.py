@@ -88,7 +88,7 @@ def crossguard(config: Config, ranks: Ranks, turns: Turns) -> None:
 
     ranks.on_first(lambda: write_shards(config))
     with (
-        patch.object(training, "build_model", lambda *_, **__: OfBatches()),
+        patch.object(training, "starting_model", lambda *_, **__: OfBatches()),
         patch.object(training, "TrainLoader", batches),
         phases.listening(listen),
     ):
