@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.suggest import did_you_mean
 
 # `name` or `owner/name`; everything else is a folder.

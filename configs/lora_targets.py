@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from crossguard.configs.encoder_names import known_parameters
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import ALL_LINEAR, ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ALL_LINEAR, ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.suggest import did_you_mean
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")

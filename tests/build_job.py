@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig
-from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.shards.build import build_shards
 from crossguard.data.shards.manifest import Manifest

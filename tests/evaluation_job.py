@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from crossguard.configs.saved import as_plain, load_config, save_config
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, EvaluationConfig, ModelConfig, TaxonomyConfig
-from crossguard.configs.schema.model import FusionConfig, ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.fusion import FusionConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.shards.build import build_shards
 from crossguard.data.taxonomy import Taxonomy

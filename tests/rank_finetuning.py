@@ -28,7 +28,7 @@ from tiny_models import BERT, VIT, batch_of, model_config
 
 from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
-from crossguard.configs.schema.model import LoraConfig
+from crossguard.configs.schema.encoders import LoraConfig
 from crossguard.train.checkpoint import load_checkpoint, load_weights
 from crossguard.train.ema import AVERAGE
 from crossguard.train.fragments import averaged_weights

@@ -11,7 +11,7 @@ from rank_jobs import RankJob
 from torch import nn
 
 from crossguard.configs.schema import Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig, ZeroConfig
-from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.train.ranks import Ranks, init_ranks
 

@@ -13,7 +13,7 @@ from rank_engine import largest_difference
 from test_encoders import pretrained_config, save_pretrained_clip, save_pretrained_text
 from tiny_models import TAXONOMY
 
-from crossguard.configs.schema.model import LoraConfig
+from crossguard.configs.schema.encoders import LoraConfig
 from crossguard.train.checkpoint import load_checkpoint
 from crossguard.train.encode import PostEncoder
 from crossguard.train.engine import Engine

@@ -14,7 +14,9 @@ from tiny_models import BERT, IMAGES, POSTS, SIZE, TAXONOMY, TEXTS, TINY, VIT, b
 from torch import nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import FusionConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.schema.train import TrainConfig
 from crossguard.train.models import build_model, without_pretrained
 from crossguard.train.optimizer import build_optimizer, freeze, layer_factors

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import TAXONOMY, model_config
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import NORMALISERS, TextEncoderConfig
+from crossguard.configs.schema.encoders import NORMALISERS, TextEncoderConfig
 from crossguard.configs.schema.train import ATTACKS, TextAttacksConfig
 from crossguard.data.curation.attacks import FAMILIES, TextAttacks, attack
 from crossguard.data.curation.normalise import VERSION, normalise

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config, DataConfig
 from crossguard.configs.schema.actions import ActionConfig
-from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
 from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.evaluation.decisions import Decisions

@@ -22,7 +22,8 @@ from torch._dynamo.utils import counters
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import CheckpointConfig, Config, DataConfig, EvaluationConfig, TrainConfig, ZeroConfig
-from crossguard.configs.schema.model import LoraConfig, ModelConfig
+from crossguard.configs.schema.encoders import LoraConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.shards.build import build_shards
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.evaluation.predictions import Predictions

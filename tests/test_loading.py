@@ -23,7 +23,7 @@ from PIL import Image
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig
-from crossguard.configs.schema.model import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.encoded import NO_POST, EncodedSample

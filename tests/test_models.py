@@ -25,12 +25,13 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from crossguard.configs.schema.model import ModelConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.data.loading.encoded import NO_POST
 from crossguard.train.models import Classifier, build_model
 from crossguard.train.models.modality_dropout import drop_modalities
-from crossguard.train.models.text import summarise
+from crossguard.train.models.tokens import summarise
 from crossguard.train.tokenizers import ByteTokenizer
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.sample import RawSample
 from crossguard.data.taxonomy import Policy, Taxonomy
 from crossguard.train.encode import PostEncoder

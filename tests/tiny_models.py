@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from crossguard.configs.schema.model import FusionConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.taxonomy import Policy, Taxonomy

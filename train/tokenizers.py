@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import BYTE_TOKENS, BYTES, TextEncoderConfig
+from crossguard.configs.schema.encoders import BYTE_TOKENS, BYTES, TextEncoderConfig
 
 
 class Tokenizer(Protocol):

@@ -34,7 +34,7 @@ def new_engine(stage: int) -> Any:
     import torch
 
     from crossguard.configs.schema import Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig, ZeroConfig
-    from crossguard.configs.schema.model import TextEncoderConfig
+    from crossguard.configs.schema.encoders import TextEncoderConfig
     from crossguard.configs.schema.taxonomy import PolicyConfig
     from crossguard.train.engine import Engine
     from crossguard.train.ranks import init_ranks

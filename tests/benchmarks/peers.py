@@ -23,7 +23,7 @@ from PIL import Image
 from posts import BATCH, IMAGE_SIZE, MAX_TOKENS, POLICIES, POSTS, config
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
 from crossguard.data.loading.decode import decode_image
 from crossguard.train.tokenizers import load_tokenizer
 

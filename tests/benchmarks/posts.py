@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig
-from crossguard.configs.schema.model import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.shards.index import VERSION as INDEX_VERSION
 from crossguard.data.shards.manifest import FORMAT

@@ -62,7 +62,7 @@ def resident() -> float:
 def on_a_rank(encoder: str, way: str, output: Path) -> None:
     """Build the model, and write the most memory that each rank took meanwhile."""
     from crossguard.configs.schema import Config, DataConfig, ModelConfig, TaxonomyConfig, ZeroConfig
-    from crossguard.configs.schema.model import TextEncoderConfig
+    from crossguard.configs.schema.encoders import TextEncoderConfig
     from crossguard.configs.schema.taxonomy import PolicyConfig
     from crossguard.data.taxonomy import Taxonomy
     from crossguard.train.encode import PostEncoder

@@ -21,7 +21,7 @@ from crossguard.configs.schema import (
     TrainConfig,
     ZeroConfig,
 )
-from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.data.shards.build import build_shards

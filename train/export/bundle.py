@@ -28,7 +28,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain
 from crossguard.configs.schema import Config, ModelConfig
-from crossguard.configs.schema.model import LoraConfig
+from crossguard.configs.schema.encoders import LoraConfig
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_valid, load_weights

@@ -8,11 +8,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
-from crossguard.train.models.fusion import Fusion, Tokens
+from crossguard.train.models.fusion import Fusion
 from crossguard.train.models.image import Normalise, build_image_tower
 from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
-from crossguard.train.models.text import build_text_tower, summarise
+from crossguard.train.models.text import build_text_tower
+from crossguard.train.models.tokens import Tokens, summarise
 
 
 class Classifier(nn.Module):
@@ -58,11 +59,19 @@ class Classifier(nn.Module):
         """A batch of B posts → logits float32[B, P]."""
         if self.training and self.modality_dropout:
             batch = drop_modalities(batch, self.modality_dropout, self.seed)
+        return self.judge(self.read(batch))
+
+    def read(self, batch: Batch) -> dict[str, Tokens]:
+        """What each modality's tower says of a batch of B posts."""
         modalities = {}
         if "text" in self.modalities:
             modalities["text"] = self._read_text(batch)
         if "image" in self.modalities:
             modalities["image"] = self._look_at_images(batch)
+        return modalities
+
+    def judge(self, modalities: dict[str, Tokens]) -> Tensor:
+        """What the towers say of B posts, as `read` gives it → logits float32[B, P]."""
         logits: Tensor = self.head(self.fusion(modalities)).float()
         return logits
 

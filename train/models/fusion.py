@@ -7,27 +7,12 @@ tokens also finds those between parts of a text and parts of an image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossguard.configs.schema.model import FusionConfig
-
-
-@dataclass(slots=True)
-class Tokens:
-    """One modality of B posts."""
-
-    # float[B, T, D]
-    values: Tensor
-    # bool[B, T]: False where there is only padding.
-    mask: Tensor
-    # float[B, D]: the modality in one vector.
-    summary: Tensor
-    # bool[B]: whether the post has the modality at all.
-    present: Tensor
+from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.train.models.tokens import Tokens
 
 
 class Fusion(nn.Module):

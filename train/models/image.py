@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import ImageEncoderConfig
+from crossguard.configs.schema.encoders import ImageEncoderConfig
 from crossguard.train.models.hugging_face import load_encoder, new_encoder
 from crossguard.train.models.tower import Tower, build_own_tower
 

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from crossguard.configs.lora_targets import is_end_of, no_target
-from crossguard.configs.schema.model import ALL_LINEAR, LoraConfig
+from crossguard.configs.schema.encoders import ALL_LINEAR, LoraConfig
 
 
 def add_lora(tower: nn.Module, config: LoraConfig, key: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import TextEncoderConfig
+from crossguard.configs.schema.encoders import TextEncoderConfig
 from crossguard.train.models.hugging_face import load_encoder, new_encoder
 from crossguard.train.models.tower import Tower, build_own_tower
 
@@ -66,13 +65,3 @@ def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size:
         positions -= pad_id + 1
     if positions and positions < config.max_length:
         raise UserError(f"model.text.max_length={config.max_length}: the encoder has only {positions} positions")
-
-
-def summarise(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """float[B, L, D] and bool[B, L] → float[B, D]: the mean of the tokens, or the first of them."""
-    if pooling == "first":
-        return tokens[:, 0]
-    weights = mask.to(tokens.dtype).unsqueeze(-1)
-    # Padding is cut out by selection, not by a product: it may hold anything.
-    kept = torch.where(mask.unsqueeze(-1), tokens, 0.0)
-    return kept.sum(1) / weights.sum(1).clamp(min=1)

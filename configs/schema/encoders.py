@@ -1,0 +1,132 @@
+"""The encoders of the modalities: where each comes from, and what it is given to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from crossguard.configs.errors import UserError
+from crossguard.configs.schema.checks import at_least, one_of, within
+
+POOLINGS = ("mean", "first")
+# None, and the version that data/curation/normalise.py has.
+NORMALISERS = (0, 1)
+# The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
+BYTES = "bytes"
+BYTE_TOKENS = 259
+# The target of an adapter that stands for every linear module.
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the encoder stays as it is, small matrices beside it are trained."""
+
+    # Rank of the adapters; 0 trains the encoder itself.
+    rank: int = 0
+    # The adapters' output is scaled by alpha / rank.
+    alpha: float = 16.0
+    # Dropout in front of the adapters.
+    dropout: float = 0.0
+    # Names of linear modules that get one, or the ends of such names (query, attention.self.value); all-linear: each.
+    targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+
+    def check(self, key: str) -> None:
+        """Check the values that stand under `key`."""
+        at_least(f"{key}.rank", self.rank, 0)
+        within(f"{key}.dropout", self.dropout, 0, 1)
+        if not self.alpha > 0:
+            raise UserError(f"{key}.alpha={self.alpha}: must be above 0")
+        if not self.targets:
+            raise UserError(f"{key}.targets: empty; name linear modules, or say {ALL_LINEAR}; {key}.rank=0 is without")
+
+
+@dataclass
+class TextEncoderConfig:
+    """Exactly one of `pretrained`, `config` and `build` says what the encoder is."""
+
+    # A Hugging Face model: hub id or local folder.
+    pretrained: str | None = None
+    # A model from scratch: a `transformers` configuration with its `model_type`.
+    config: dict[str, Any] = field(default_factory=dict)
+    # An encoder of your own, `module:function`, called with this configuration.
+    build: str | None = None
+    # `bytes` (UTF-8, any language, no file), a hub id or a local folder; by default that of `pretrained`.
+    tokenizer: str | None = None
+    # Tokens kept of a post's text, special ones included.
+    max_length: int = 128
+    # Put in front of every text, for encoders that were trained with one (e5: "query: ").
+    prefix: str = ""
+    # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
+    # 0 reads texts as they are.
+    normaliser: int = 0
+    # How tokens become the encoder's summary: mean over the text, or the first token.
+    pooling: str = "mean"
+    # Train adapters beside the encoder instead of the encoder.
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        _at_most_one_kind("model.text", self)
+        self.lora.check("model.text.lora")
+        at_least("model.text.max_length", self.max_length, 4)
+        one_of("model.text.pooling", self.pooling, POOLINGS)
+        if self.normaliser not in NORMALISERS:
+            raise UserError(f"model.text.normaliser={self.normaliser}: one of {', '.join(map(str, NORMALISERS))}")
+
+    def check_sizes(self) -> None:
+        """An encoder that is described here must have a position for every token, and a number for every byte."""
+        positions, numbers = self.config.get("max_position_embeddings"), self.config.get("vocab_size")
+        if isinstance(positions, int) and positions < self.max_length:
+            raise UserError(
+                f"model.text.max_length={self.max_length}: the encoder has only {positions} positions"
+                " (model.text.config.max_position_embeddings)"
+            )
+        if self.tokenizer in (None, BYTES) and isinstance(numbers, int) and numbers < BYTE_TOKENS:
+            raise UserError(
+                f"model.text.config.vocab_size={numbers}: the tokenizer 'bytes' has {BYTE_TOKENS} tokens; leave it out"
+            )
+
+
+@dataclass
+class ImageEncoderConfig:
+    """Exactly one of `pretrained`, `config` and `build` says what the encoder is."""
+
+    # A Hugging Face model: hub id or local folder.
+    pretrained: str | None = None
+    # A model from scratch: a `transformers` configuration with its `model_type`.
+    config: dict[str, Any] = field(default_factory=dict)
+    # An encoder of your own, `module:function`, called with this configuration.
+    build: str | None = None
+    # Height and width in pixels that images are scaled to.
+    size: int = 64
+    # Mean of the channels (red, green, blue) in [0, 1] that is subtracted.
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    # Standard deviation of the channels that is divided by.
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    # Images looked at in a post that has several.
+    max_images: int = 1
+    # Train adapters beside the encoder instead of the encoder.
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        _at_most_one_kind("model.image", self)
+        self.lora.check("model.image.lora")
+        at_least("model.image.size", self.size, 8)
+        at_least("model.image.max_images", self.max_images, 1)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0) <= 0:
+            raise UserError("model.image.mean and model.image.std: three numbers each, std above 0")
+
+    def check_sizes(self) -> None:
+        """An encoder that is described here must look at images of `size`."""
+        made_for = self.config.get("image_size", self.size)
+        if isinstance(made_for, int) and made_for != self.size:
+            raise UserError(
+                f"model.image.size={self.size}: the encoder was made for {made_for} (model.image.config.image_size);"
+                " leave that out"
+            )
+
+
+def _at_most_one_kind(key: str, encoder: TextEncoderConfig | ImageEncoderConfig) -> None:
+    given = [f"{key}.{name}" for name in ("pretrained", "config", "build") if getattr(encoder, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: set only one of them (model=inline starts without a preset's)")

@@ -1,0 +1,32 @@
+"""What a tower says of one modality of a batch of posts: all that fusion looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Tokens:
+    """One modality of B posts."""
+
+    # float[B, T, D]
+    values: Tensor
+    # bool[B, T]: False where there is only padding.
+    mask: Tensor
+    # float[B, D]: the modality in one vector.
+    summary: Tensor
+    # bool[B]: whether the post has the modality at all.
+    present: Tensor
+
+
+def summarise(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """float[B, L, D] and bool[B, L] → float[B, D]: the mean of the tokens, or the first of them."""
+    if pooling == "first":
+        return tokens[:, 0]
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    # Padding is cut out by selection, not by a product: it may hold anything.
+    kept = torch.where(mask.unsqueeze(-1), tokens, 0.0)
+    return kept.sum(1) / weights.sum(1).clamp(min=1)
