@@ -38,7 +38,7 @@ unit: setup
 unit-waiting: setup
 	$(BIN)/pytest $(WAITING)
 
-# Training that is killed and stopped at random moments; six minutes or more.
+# Training that is killed and stopped at random moments, and resumed a thousand times; twenty minutes or more.
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak
 
