@@ -22,6 +22,7 @@ from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
 from crossguard.train.evaluation.metrics import evaluate_predictions
+from crossguard.train.evaluation.plots import Panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
@@ -55,7 +56,7 @@ def measure(
     scored: dict[str, Scored],
     ablations: list[str],
     suite: list[Predictions],
-) -> None:
+) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
     Args:
@@ -66,6 +67,9 @@ def measure(
         scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
         ablations: their names.
         suite: predictions on the functional suite, if there is one.
+
+    Returns:
+        The content of metrics.json, and the report's plots by section.
     """
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
@@ -87,7 +91,7 @@ def measure(
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
     card = dataset_card(config, posts.folder.manifest, metrics)
     write_atomic(file.with_name("dataset_card.md"), card.encode())
-    write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
+    return metrics, write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
 
 
 def _figures(

@@ -16,7 +16,7 @@ from crossguard.configs.schema.evaluation import COUNTS
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
 from crossguard.train.evaluation.findings import find, in_words, primary_split
-from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
+from crossguard.train.evaluation.plots import Line, Panel, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
 from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
@@ -49,8 +49,12 @@ class Evaluated:
     predictions: Mapping[str, Mapping[str, Predictions]]
 
 
-def write_report(run_dir: Path, evaluated: Evaluated) -> Path:
-    """Write report/report.html, complete or not at all."""
+def write_report(run_dir: Path, evaluated: Evaluated) -> dict[str, list[Panel]]:
+    """Write report/report.html, complete or not at all.
+
+    Returns:
+        The plots of the page, by section.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -61,12 +65,23 @@ def write_report(run_dir: Path, evaluated: Evaluated) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"words": in_words, "number": _number, "interval": _interval, "svg": Markup}
-    page = environment.get_template("report.html.j2").render(_content(run_dir, evaluated))
+    environment.filters |= {
+        "words": in_words,
+        "number": _number,
+        "interval": _interval,
+        "svg": lambda panel: Markup(panel.svg()),
+    }
+    content = _content(run_dir, evaluated)
+    page = environment.get_template("report.html.j2").render(content)
     path = run_dir / "report" / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())
-    return path
+    return {
+        "training": content["history"],
+        "curves": content["curves"],
+        "calibration": content["reliability"],
+        "routing": [*content["review"], *content["cascade"]],
+    }
 
 
 def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
@@ -144,7 +159,7 @@ def _policy_rows(config: Config, measured: Mapping[str, Any], names: Mapping[str
     ]
 
 
-def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
+def _curve_panels(evaluated: Evaluated, split: str) -> list[Panel]:
     models = {name: splits[split] for name, splits in evaluated.predictions.items() if split in splits}
     models = {in_words(name): predictions for name, predictions in models.items()}
     measured = evaluated.metrics["splits"][split]["policies"]
@@ -152,7 +167,7 @@ def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
     return [panel for policy in policies for panel in curve_panels(models, policy)]
 
 
-def _history(run_dir: Path, evaluated_step: int) -> list[str]:
+def _history(run_dir: Path, evaluated_step: int) -> list[Panel]:
     """Panels of what metrics.jsonl logged over the steps."""
     path = run_dir / "metrics.jsonl"
     written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crossguard.train.evaluation.metrics import POSITIVE_FROM
-from crossguard.train.evaluation.plots import share_panel
+from crossguard.train.evaluation.plots import Panel, share_panel
 from crossguard.train.evaluation.predictions import Predictions
 
 # Posts that are named, for each policy and kind of mistake.
@@ -31,7 +31,7 @@ def worst_errors(predictions: Predictions) -> list[dict[str, Any]]:
     return found
 
 
-def review_panels(measured: Mapping[str, Any]) -> list[str]:
+def review_panels(measured: Mapping[str, Any]) -> list[Panel]:
     """Recall of the whole system over the share that people see; a straight line is a choice by chance."""
     panels = []
     for policy, routing in measured.get("routing", {}).items():
@@ -43,7 +43,7 @@ def review_panels(measured: Mapping[str, Any]) -> list[str]:
     return panels
 
 
-def cascade_panels(measured: Mapping[str, Any]) -> list[str]:
+def cascade_panels(measured: Mapping[str, Any]) -> list[Panel]:
     """Average precision of a cascade over the share that the costly model sees."""
     return [
         share_panel(

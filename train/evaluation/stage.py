@@ -28,10 +28,12 @@ from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
 from crossguard.train.evaluation.splits import evaluated_splits
 from crossguard.train.evaluation.suite import FIELDS, suite_readers
+from crossguard.train.evaluation.tracked import track_report
 from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
+from crossguard.train.tracking import open_tracker
 from crossguard.train.trained import load_trained
 
 # id -> field -> value.
@@ -39,7 +41,8 @@ Fields = dict[str, dict[str, str]]
 
 
 def run_evaluation(config: Config, ranks: Ranks) -> None:
-    """Write predictions/, report/metrics.json and report/report.html of a trained run; all ranks call it.
+    """Write predictions/, report/metrics.json and report/report.html of a trained run, and tell its tracker; all ranks
+    call it.
 
     Scores are computed in fp32 from the best checkpoint's weights, also those of each ablation in `ablations/`.
 
@@ -68,7 +71,10 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             scored[folder.name] = ablated.score(posts, fields)
         if ranks.is_first:
             names = [folder.name for folder in ablations]
-            measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite)
+            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite)
+            tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
+            track_report(tracker, *found)
+            tracker.close()
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
