@@ -10,14 +10,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import WORDS, write_posts
 from evaluation_job import ALONE, add_ablation, make_config, make_run
 
 from crossguard.configs.schema import Config, DataConfig
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.train.evaluation.decisions import NO_LABELS
 from crossguard.train.evaluation.findings import Finding, find
 from crossguard.train.evaluation.metrics import worst_groups
+from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.report_errors import worst_errors
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import write_bundle
 
@@ -178,6 +183,17 @@ def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> 
 def test_the_page_holds_nothing_of_what_posts_say(page: Page) -> None:
     assert [word for word in WORDS["es"] + WORDS["ar"] if len(word) > 4 and word in page.text] == []
     assert "post/" in page.text
+
+
+def test_texts_of_the_worst_errors_are_shown_where_they_are_asked_for(config: Config) -> None:
+    reader = ShardReader([ShardFolder.open(config.shards_location, config.data.cache)], "test")
+    row = int(reader.readable_rows(0)[0])
+    raw = reader.read(row)
+    predictions = Predictions(("spam",), [raw.id, "gone"], ["de", "de"], np.array([[0.9], [0.8]]), np.zeros((2, 1)))
+    [hidden], [shown] = worst_errors(predictions, None), worst_errors(predictions, reader)
+    assert [post["text"] for post in hidden["posts"]] == [None, None]
+    assert [post["text"] for post in shown["posts"]] == [raw.text, None]
+    assert raw.text
 
 
 def test_no_file_but_the_shards_repeats_what_a_post_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

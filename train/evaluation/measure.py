@@ -91,7 +91,9 @@ def measure(
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
     card = dataset_card(config, posts.folder.manifest, metrics)
     write_atomic(file.with_name("dataset_card.md"), card.encode())
-    return metrics, write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
+    return metrics, write_report(
+        run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references, posts.readers)
+    )
 
 
 def _figures(

@@ -1,6 +1,7 @@
 """report/report.html: one self-contained page, from what was measured and nothing else.
 
-The page loads nothing: styles and plots are inline, there is no script. Posts appear as counts, never as text or media.
+The page loads nothing: styles and plots are inline, there is no script. Posts appear as counts and ids, never as media,
+and as text only where `evaluation.show_texts` asks for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.evaluation import COUNTS
+from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
 from crossguard.train.evaluation.findings import find, in_words, primary_split
@@ -47,6 +49,8 @@ class Evaluated:
     metrics: Mapping[str, Any]
     # name -> split -> predictions; the run's own model first, then ablations and references.
     predictions: Mapping[str, Mapping[str, Predictions]]
+    # The splits themselves.
+    readers: Mapping[str, ShardReader]
 
 
 def write_report(run_dir: Path, evaluated: Evaluated) -> dict[str, list[Panel]]:
@@ -115,7 +119,10 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "review": review_panels(metrics["splits"][split]),
         "cascade": cascade_panels(metrics["splits"][split]),
         "suites": suite_tables(metrics),
-        "errors": worst_errors(next(iter(evaluated.predictions.values()))[split]),
+        "errors": worst_errors(
+            next(iter(evaluated.predictions.values()))[split],
+            evaluated.readers[split] if evaluated.config.evaluation.show_texts else None,
+        ),
         "train_languages": train_languages,
         "curves": _curve_panels(evaluated, split),
         "manifest": manifest,
