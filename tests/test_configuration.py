@@ -21,6 +21,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.keys import GROUPS, describe_fields
 from crossguard.configs.saved import as_plain, load_config, save_config
 from crossguard.configs.schema import Config
+from crossguard.configs.schema.actions import ActionConfig
 
 RECIPE = """
 defaults:
@@ -94,9 +95,17 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
     assert (config.data.options, config.data.columns) == ({"split": "train"}, {"text": "tweet"})
 
 
+def test_a_mapping_of_described_values_takes_single_fields(recipe: str) -> None:
+    fields = ["evaluation.actions.remove.precision=0.9", "evaluation.actions.remove.delta=0.2"]
+    actions = compose([recipe, "data.path=x", *fields, "evaluation.actions.hide={recall: 0.5}"]).evaluation.actions
+    assert actions == {"remove": ActionConfig(precision=0.9, delta=0.2), "hide": ActionConfig(recall=0.5)}
+    assert prepare(prepare(fields).overrides).overrides == prepare(fields).overrides
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["evaluation.actions.remove.precison=0.9"], r"unknown key 'precison'; did you mean 'precision'\?"),
         (["train.lrr=1"], r"train.lrr=1: .*did you mean 'lr'\?"),
         (["trian.lr=1"], r"trian.lr=1: .*did you mean 'train'\?"),
         (["train.lr=fast"], r"train.lr=fast: .*'fast'"),
