@@ -20,8 +20,10 @@ from crossguard.data.taxonomy import Taxonomy
 Media = str | bytes
 
 MEDIA_FIELDS = ("image", "images", "video", "audio")
-TEXT_FIELDS = ("id", "text", "ocr", "transcript", "language", "split", "group", "created_at", "source", "licence")
-TEXT_FIELDS += ("region", "expires_at")
+TEXT_FIELDS = (
+    *("id", "text", "ocr", "transcript", "language", "split", "group"),
+    *("created_at", "source", "licence", "region", "expires_at"),
+)
 LIST_FIELDS = ("comments",)
 # What a post says, and what it shows: never in logs, and never in a restricted post.
 CONTENT_FIELDS = ("text", *FURTHER_TEXTS, *MEDIA_FIELDS)

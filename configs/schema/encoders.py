@@ -150,8 +150,7 @@ class PixelEncoderConfig(EncoderConfig):
         made_for = self.config.get("image_size", self.size)
         if isinstance(made_for, int) and made_for != self.size:
             raise UserError(
-                f"{key}.size={self.size}: the encoder was made for {made_for} ({key}.config.image_size);"
-                " leave that out"
+                f"{key}.size={self.size}: the encoder was made for {made_for} ({key}.config.image_size); leave that out"
             )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crossguard.configs.schema.checks import at_least, one_of
+from crossguard.configs.schema.checks import one_of, within
 from crossguard.configs.schema.encoders import PixelEncoderConfig
 
 UNIFORM, SCENES = "uniform", "scenes"
+MOST_FRAMES = 256
 
 
 @dataclass
 class VideoEncoderConfig(PixelEncoderConfig):
-    """The encoder of frames. Without `pretrained`, `config` and `build` it is the image encoder: the same weights look at
-    images and frames, with its `size`, `mean` and `std`."""
+    """The encoder of frames. Without `pretrained`, `config` and `build` it is the image encoder, with its `size`, `mean`
+    and `std`: the same weights look at images and frames."""
 
     # Frames looked at in a video.
     frames: int = 8
@@ -23,7 +24,7 @@ class VideoEncoderConfig(PixelEncoderConfig):
 
     def __post_init__(self) -> None:
         self.check_pixels("model.video")
-        at_least("model.video.frames", self.frames, 1)
+        within("model.video.frames", self.frames, 1, MOST_FRAMES)
         one_of("model.video.sampling", self.sampling, (UNIFORM, SCENES))
 
     def check_sizes(self) -> None:

@@ -1,7 +1,8 @@
 """Posts in existing WebDataset tars: our own shards, or those of another tool (webdataset, img2dataset).
 
-A sample is a run of members with the same key. Its fields are those of KEY.json and KEY.texts.json, and every other member under its
-extension: text (txt) and media are taken by default, `caption.txt` is a text of its own and `meta.json` an object.
+A sample is a run of members with the same key. Its fields are those of KEY.json and KEY.texts.json, and every other
+member under its extension: text (txt) and media are taken by default, `caption.txt` is a text of its own and
+`meta.json` an object.
 `data.columns` names the fields of a foreign sample, e.g. {labels.hate: cls, text: caption.txt}; a dotted name leads
 into objects, e.g. {labels.spam: annotations.spam, meta.url: meta.json.url}. A post without `id` is called by its key.
 Pickled members are never opened. What lies beside the tars (img2dataset's parquet and statistics) is not read.
