@@ -95,8 +95,7 @@ def _find_own_parts(config: Config) -> None:
     parts = {
         "data.source": config.data.source,
         "train.loss.name": config.train.loss.name,
-        "model.text.build": config.model.text.build,
-        "model.image.build": config.model.image.build,
+        **{f"model.{name}.build": encoder.build for name, encoder in config.model.encoders.items()},
         **{f"evaluation.metrics[{number}]": name for number, name in enumerate(config.evaluation.metrics)},
     }
     for key, spec in parts.items():
@@ -106,8 +105,7 @@ def _find_own_parts(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     """What only transformers and the built model know for sure; importing and building them takes seconds."""
-    for modality in config.model.modalities:
-        encoder = config.model.text if modality == "text" else config.model.image
+    for modality, encoder in config.model.encoders.items():
         if encoder.config:
             check_settings(encoder.config, f"model.{modality}.config")
             encoder.check_sizes()

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import EncoderConfig
 from crossguard.configs.suggest import did_you_mean
 
 # `name` or `owner/name`; everything else is a folder.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# Modality -> a type of encoder, and the part of a dual encoder's (CLIP's) configuration that describes its tower.
+EXAMPLES = {"text": "bert", "image": "vit", "video": "vit", "audio": "whisper"}
+PARTS = {"text": "text_config", "image": "vision_config", "video": "vision_config", "audio": "audio_config"}
 _FOLDERS = {"pretrained": "model (config.json)", "tokenizer": "tokenizer (tokenizer.json, tokenizer_config.json)"}
 
 
@@ -41,12 +44,12 @@ def check_settings(values: Mapping[str, Any], key: str) -> None:
     """
     model_type = values.get("model_type")
     if model_type is None:
-        raise UserError(f"{key}.model_type: missing; e.g. {'vit' if 'image' in key else 'bert'}")
+        raise UserError(f"{key}.model_type: missing; e.g. {EXAMPLES[key.split('.')[1]]}")
     if is_of_installed_version():
         _check(values, str(model_type), key)
 
 
-def check_folders(encoder: TextEncoderConfig | ImageEncoderConfig, key: str) -> None:
+def check_folders(encoder: EncoderConfig, key: str) -> None:
     """Refuse a folder with a model or a tokenizer that is not there.
 
     Raises:
@@ -63,7 +66,7 @@ def check_folders(encoder: TextEncoderConfig | ImageEncoderConfig, key: str) -> 
 def tower_type(values: Mapping[str, Any], modality: str) -> str:
     """The type of the encoder of `modality` that a configuration describes: of a dual encoder (CLIP) one tower's."""
     model_type = str(values.get("model_type"))
-    part = "vision_config" if modality == "image" else "text_config"
+    part = PARTS[modality]
     inside = values.get(part)
     default = snapshot()["parts"].get(model_type, {}).get(part, model_type)
     return str(inside.get("model_type", default)) if isinstance(inside, Mapping) else default
@@ -74,7 +77,7 @@ def parameter_names(model_type: str) -> list[str]:
     return _expanded(snapshot()["parameters"].get(model_type, ""))
 
 
-def known_parameters(encoder: TextEncoderConfig | ImageEncoderConfig, modality: str) -> list[str]:
+def known_parameters(encoder: EncoderConfig, modality: str) -> list[str]:
     """Names of the parameters inside an encoder, the layers' numbers as 0, as far as they are known without building
     it: empty for one of the user's own, or one that nobody knows without asking a hub."""
     values: Mapping[str, Any] = encoder.config

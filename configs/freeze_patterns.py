@@ -22,8 +22,7 @@ def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
         UserError: names the pattern and the nearest one that matches something.
     """
     names, open_ended = classifier_parameter_names(), []
-    for modality in model.modalities:
-        encoder = model.text if modality == "text" else model.image
+    for modality, encoder in model.encoders.items():
         inside = known_parameters(encoder, modality)
         names += [f"{modality}.encoder.{name}" for name in inside]
         if not inside:

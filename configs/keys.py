@@ -117,11 +117,12 @@ def _paths(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def describe_fields(cls: type) -> dict[str, str]:
-    """The sentence that stands above each field of a schema dataclass, from its source."""
+    """The sentence that stands above each field of a schema dataclass, from its source or that of what it extends."""
     meanings: dict[str, str] = {}
     comment: list[str] = []
     names = {field.name for field in dataclasses.fields(cls)}
-    for line in map(str.strip, inspect.getsource(cls).splitlines()):
+    source = "\n".join(inspect.getsource(part) for part in cls.__mro__ if dataclasses.is_dataclass(part))
+    for line in map(str.strip, source.splitlines()):
         if line.startswith("#"):
             comment.append(line.lstrip("# "))
             continue

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from crossguard.configs.encoder_names import known_parameters
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.encoders import ALL_LINEAR, ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import ALL_LINEAR, EncoderConfig
 from crossguard.configs.suggest import did_you_mean
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def check_targets(encoder: TextEncoderConfig | ImageEncoderConfig, modality: str) -> None:
+def check_targets(encoder: EncoderConfig, modality: str) -> None:
     """Refuse a target that no module of the encoder is called, as far as its names are known; what passes is judged
     again when the model is there.
 

@@ -29,8 +29,10 @@ MAY_CHANGE = (
     "evaluation",
     "launcher",
     # Where a pretrained encoder lay does not matter any more: its weights are in the checkpoint.
+    "model.audio.pretrained",
     "model.image.pretrained",
     "model.text.pretrained",
+    "model.video.pretrained",
     "recipe",
     "run_dir",
     "tracker",

@@ -30,6 +30,8 @@ PATHS = (
     "model.text.pretrained",
     "model.text.tokenizer",
     "model.image.pretrained",
+    "model.video.pretrained",
+    "model.audio.pretrained",
 )
 
 

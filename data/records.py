@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from crossguard.configs.schema.build import SPLIT_NAME
+from crossguard.configs.schema.encoders import FURTHER_TEXTS
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.taxonomy import Taxonomy
 
@@ -19,10 +20,16 @@ from crossguard.data.taxonomy import Taxonomy
 Media = str | bytes
 
 MEDIA_FIELDS = ("image", "images", "video", "audio")
-TEXT_FIELDS = ("id", "text", "language", "split", "group", "created_at", "source", "licence", "region", "expires_at")
+TEXT_FIELDS = (
+    *("id", "text", "ocr", "transcript", "language", "split", "group"),
+    *("created_at", "source", "licence", "region", "expires_at"),
+)
+LIST_FIELDS = ("comments",)
+# What a post says, and what it shows: never in logs, and never in a restricted post.
+CONTENT_FIELDS = ("text", *FURTHER_TEXTS, *MEDIA_FIELDS)
 FLAG_FIELDS = ("consent", "restricted")
 OBJECT_FIELDS = ("labels", "severity", "meta")
-FIELDS = frozenset(MEDIA_FIELDS + TEXT_FIELDS + FLAG_FIELDS + OBJECT_FIELDS)
+FIELDS = frozenset(MEDIA_FIELDS + TEXT_FIELDS + LIST_FIELDS + FLAG_FIELDS + OBJECT_FIELDS)
 
 UNDETERMINED = "und"  # BCP 47's tag for a language that nobody named
 # Half of the name of a stratum, which may hold no separators.
@@ -64,7 +71,13 @@ class Post:
     """One labeled item. A policy missing from `labels` is unknown, not benign."""
 
     id: str
+    # The caption.
     text: str | None = None
+    # What can be read on screen.
+    ocr: str | None = None
+    # What is said in a video or recording.
+    transcript: str | None = None
+    comments: tuple[str, ...] = ()
     language: str = UNDETERMINED
     images: tuple[Media, ...] = ()
     video: Media | None = None
@@ -88,6 +101,10 @@ class Post:
         items = [(f"images[{number}]" if several else "image", item) for number, item in enumerate(self.images)]
         items += [("video", self.video)] if self.video is not None else []
         return items + ([("audio", self.audio)] if self.audio is not None else [])
+
+    def further_texts(self) -> dict[str, Any]:
+        """What is written in the post beside its caption, by field; what is absent is left out."""
+        return {name: value for name in FURTHER_TEXTS if (value := getattr(self, name))}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but text and media, in the contract's shape; what is absent is left out."""
@@ -129,6 +146,9 @@ def parse_post(raw: Mapping[str, Any], taxonomy: Taxonomy) -> Post:
     post = Post(
         id=text.get("id") or "",
         text=text.get("text"),
+        ocr=text.get("ocr"),
+        transcript=text.get("transcript"),
+        comments=fields.strings("comments"),
         language=text.get("language") or UNDETERMINED,
         images=images,
         video=fields.media("video"),
@@ -165,8 +185,20 @@ class _Fields:
     def wrong(self, name: str, message: str) -> None:
         self.errors.append((name, message))
 
+    def strings(self, name: str) -> tuple[str, ...]:
+        value = self.raw.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple):
+            self.wrong(name, f"must be a list of strings, not {_kind(value)}")
+            return ()
+        items = [self._string(f"{name}[{number}]", item) for number, item in enumerate(value)]
+        return tuple(item for item in items if item is not None)
+
     def string(self, name: str) -> str | None:
-        value = self.raw[name]
+        return self._string(name, self.raw[name])
+
+    def _string(self, name: str, value: Any) -> str | None:
         if value is None:
             return None
         if not isinstance(value, str):
@@ -256,10 +288,10 @@ class _Fields:
         if self.raw.get("labels") is None:
             self.wrong("labels", "missing; write {} when no label is known")
         if post.restricted:
-            held = [name for name in ("text", *MEDIA_FIELDS) if self.raw.get(name)]
+            held = [name for name in CONTENT_FIELDS if self.raw.get(name)]
             if held:
                 self.wrong("restricted", f"a restricted post carries hashes under meta, never {' or '.join(held)}")
-        elif post.text is None and not post.media() and not wrong_already & {"text", *MEDIA_FIELDS}:
+        elif not (post.text or post.further_texts() or post.media()) and not wrong_already & set(CONTENT_FIELDS):
             self.wrong("text", "the post has neither text nor image, video or audio")
 
 

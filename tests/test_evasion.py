@@ -119,5 +119,5 @@ def test_the_normaliser_is_part_of_the_encoding() -> None:
     normalising = PostEncoder(config, TAXONOMY)
     disguised, said = (RawSample({"id": "p", "labels": {}}, text=text) for text in ("h\u0430.te\u200b", "ha.te"))
     assert normalising(disguised).input_ids.tolist() == plain(said).input_ids.tolist()
-    assert normalising.text_length(disguised.text) == len(plain(said).input_ids)
+    assert normalising.text_length(disguised) == len(plain(said).input_ids)
     assert normalising.fingerprint != plain.fingerprint

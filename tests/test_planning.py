@@ -27,11 +27,12 @@ from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.recipes.planning import as_table, plan_job
 from crossguard.train.models import build_model
 from crossguard.train.models.activations import checkpoint_activations
+from crossguard.train.models.example import PostSize, example_batch
 from crossguard.train.optimizer import freeze
 from crossguard.train.planning.memory import Case, Memory, Sizes, ZeroSettings, memory_of, model_states
 from crossguard.train.planning.plan import Plan, Way, make_plan, recommend
 from crossguard.train.planning.roofline import StepTime, communication_bytes, step_time
-from crossguard.train.planning.shapes import Shapes, batch_of_shapes
+from crossguard.train.planning.shapes import Shapes
 from crossguard.train.planning.trace import Operation, Trace, at_batch, block_of
 from crossguard.train.tokenizers import load_tokenizer
 
@@ -96,7 +97,7 @@ def test_activations_and_operations_are_those_of_a_real_pass(name: str, precisio
     model = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), 0)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
-    batch = batch_of_shapes(config, 2, 6)
+    batch = example_batch(config.model, 2, 6, PostSize.largest(config.model))
     # What is padding is not known from shapes: here nothing is left out for want of it.
     batch.text_mask[0, 1:] = False
     batch.image_post[:] = torch.arange(6).repeat_interleave(3)

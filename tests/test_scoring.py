@@ -86,7 +86,7 @@ def test_each_post_gets_the_score_that_it_gets_alone(config: Config) -> None:
     assert predictions.ids == sorted(reader.read(row).id for row in range(len(reader)))
     for row in range(len(reader)):
         sample = encode(reader.read(row))
-        batch = collate([sample], pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)
+        batch = collate([sample], **encode.layout)
         place = predictions.ids.index(sample.id)
         with torch.no_grad():
             expected = torch.sigmoid(model(batch).double())[0].numpy()

@@ -209,11 +209,11 @@ def test_a_post_becomes_numbers() -> None:
     nothing = encode(raw(None, ()))
     assert nothing.input_ids is None
     assert nothing.images == []
-    assert encode.text_length(None) == 0
+    assert encode.text_length(raw(None)) == 0
     for text in ("", "hello", "long " * 20):
         sample = encode(raw(text))
         assert sample.input_ids is not None
-        assert encode.text_length(text) == len(sample.input_ids) <= 32
+        assert encode.text_length(raw(text)) == len(sample.input_ids) <= 32
 
 
 def test_what_the_model_does_not_look_at_is_not_encoded() -> None:
@@ -222,7 +222,7 @@ def test_what_the_model_does_not_look_at_is_not_encoded() -> None:
     assert text_only(broken).images == []
     image_only = PostEncoder(replace(CONFIG, modalities=["image"]), TAXONOMY)
     assert image_only(raw()).input_ids is None
-    assert image_only.text_length("hello") == 0
+    assert image_only.text_length(raw()) == 0
 
 
 def test_the_encodings_fingerprint_changes_with_whatever_changes_a_number(folder: Path) -> None:
@@ -243,4 +243,4 @@ def test_the_encodings_fingerprint_changes_with_whatever_changes_a_number(folder
     assert PostEncoder(replace(CONFIG, modality_dropout=0.5), TAXONOMY).fingerprint == encoders[0].fingerprint
     again = pickle.loads(pickle.dumps(encoders[6]))
     assert again.fingerprint == encoders[6].fingerprint
-    assert again.text_length("meet me") == encoders[6].text_length("meet me")
+    assert again.text_length(raw()) == encoders[6].text_length(raw())

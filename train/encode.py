@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 
 import numpy as np
 
+from crossguard.configs.schema.encoders import FURTHER_TEXTS
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.curation.attacks import TextAttacks
 from crossguard.data.curation.normalise import normalise
-from crossguard.data.loading.decode import decode_image
-from crossguard.data.loading.encoded import NO_POSITION, EncodedSample
+from crossguard.data.loading.clips import Clip, sample_frames
+from crossguard.data.loading.decode import MediaError, decode_image
+from crossguard.data.loading.encoded import NO_POSITION, EncodedSample, Layout
 from crossguard.data.loading.sample import RawSample
+from crossguard.data.loading.sound import Hearing, decode_sound
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.tokenizers import Tokenizer, load_tokenizer
 
 # Raise it whenever the same configuration gives other numbers than before.
 ENCODE_VERSION = 1
+# Not written by anybody who would disguise it.
+TRANSCRIPT = "transcript"
 
 
 class PostEncoder:
-    """Tokens of the text, scaled images and the label vector of a post; picklable.
+    """Tokens of the texts, scaled images and frames, sound and the label vector of a post; picklable.
 
-    Modalities that the model does not look at are neither tokenized nor decoded. A few milliseconds of Python a post;
-    the model itself is never imported here.
+    Modalities that the model does not look at are neither tokenized nor decoded. A few milliseconds of Python a post
+    without video; the model itself is never imported here.
     """
 
     def __init__(
@@ -42,17 +49,23 @@ class PostEncoder:
             attacks: what is done to texts that are trained on.
         """
         self.attacks = attacks
-        self.normaliser = config.text.normaliser
         self.taxonomy = taxonomy
+        self.text = config.text
+        self.fields = [name for name in FURTHER_TEXTS if name in config.text.fields]
         self.tokenizer = tokenizer or load_tokenizer(config.text)
-        self.max_length = config.text.max_length
-        self.prefix = config.text.prefix
-        self.image_size = config.image.size
-        self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.reads_text = "text" in config.modalities
-        self.pad_id = self.tokenizer.pad_id
+        self.max_images = config.image.max_images if "image" in config.modalities else 0
+        self.video = config.video if "video" in config.modalities else None
+        self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
         self.num_policies = len(taxonomy.names)
-        self.fingerprint = self._fingerprint()
+        self.layout: Layout = {
+            "pad_id": self.tokenizer.pad_id,
+            "image_size": config.image.size,
+            "num_policies": self.num_policies,
+            "frame_size": config.frame_encoder.size if self.video else None,
+            "silence": self.hearing.silence if self.hearing else None,
+        }
+        self.fingerprint = self._fingerprint(config)
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         """Encode one post.
@@ -62,39 +75,86 @@ class PostEncoder:
             position: in the sample order, while training.
 
         Raises:
-            MediaError: an image cannot be decoded.
+            MediaError: an image, a video or a recording cannot be decoded.
         """
-        text = raw.text
-        if self.attacks is not None and text is not None and position != NO_POSITION:
-            text = self.attacks.apply(text, position)
+        parts = self._parts(raw, position)
         return EncodedSample(
             id=raw.id,
             language=raw.language,
-            input_ids=self._encode_text(text),
-            images=[decode_image(data, self.image_size) for data in raw.images[: self.max_images]],
+            input_ids=np.array(list(itertools.chain(*parts)), dtype=np.int32) if parts else None,
+            images=[decode_image(data, self.layout["image_size"]) for data in raw.images[: self.max_images]],
             labels=self.taxonomy.label_vector(raw.post["labels"]),
+            segments=np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
+            if parts and self.fields
+            else None,
+            clip=self._frames(raw),
+            sound=self._sound(raw),
         )
 
-    def text_length(self, text: str | None) -> int:
-        """Number of tokens of an encoded text; 0 without text."""
-        tokens = self._encode_text(text)
-        return 0 if tokens is None else len(tokens)
+    def text_length(self, raw: RawSample) -> int:
+        """Number of tokens of an encoded post; 0 without text."""
+        return sum(map(len, self._parts(raw, NO_POSITION)))
 
-    def _encode_text(self, text: str | None) -> np.ndarray | None:
-        if text is None or not self.reads_text:
+    def _parts(self, raw: RawSample, position: int) -> list[list[int]]:
+        """The tokens of the caption and of each further field that is read; empty where nothing is written in any.
+
+        Every sequence begins as one of the encoder's own, with or without a caption.
+        """
+        fields = [list(self._texts(raw, name, position)) for name in self.fields]
+        if not self.reads_text or (raw.text is None and not any(fields)):
+            return []
+        caption = "" if raw.text is None else self._plain("", raw.text, position)
+        parts = [self.tokenizer.encode(self.text.prefix + caption, self.text.max_length)]
+        for name, texts in zip(self.fields, fields, strict=True):
+            most, tokens = self.text.fields[name], list[int]()
+            for text in texts:
+                if len(tokens) < most:
+                    tokens += self.tokenizer.encode_further(text, most - len(tokens))
+            parts.append(tokens)
+        return parts
+
+    def _texts(self, raw: RawSample, name: str, position: int) -> Iterator[str]:
+        """What is written in a field, as it is tokenized."""
+        value = raw.texts.get(name, [])
+        for number, text in enumerate([value] if isinstance(value, str) else value):
+            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, position)
+
+    def _plain(self, field: str, text: str, position: int) -> str:
+        """A text that a user has written: while training disguised now and then, and without disguise as far as the
+        normaliser knows it."""
+        if self.attacks is not None and position != NO_POSITION:
+            text = self.attacks.apply(text, position, field)
+        return normalise(text) if self.text.normaliser else text
+
+    def _frames(self, raw: RawSample) -> Clip | None:
+        if self.video is None or raw.video is None:
             return None
-        text = normalise(text) if self.normaliser else text
-        return np.array(self.tokenizer.encode(self.prefix + text, self.max_length), dtype=np.int32)
+        size = self.layout["frame_size"]
+        assert size is not None
+        return sample_frames(raw.video, self.video.frames, size, self.video.sampling)
 
-    def _fingerprint(self) -> str:
+    def _sound(self, raw: RawSample) -> np.ndarray | None:
+        """Of the recording, or else of the video, which may have none."""
+        data = raw.audio or raw.video
+        if self.hearing is None or data is None:
+            return None
+        samples = decode_sound(data, self.hearing.max_seconds)
+        if samples is None and raw.audio:
+            raise MediaError("a recording without sound")
+        return None if samples is None else self.hearing(samples)
+
+    def _fingerprint(self, config: ModelConfig) -> str:
         decides = {
             "version": ENCODE_VERSION,
             "tokenizer": self.tokenizer.fingerprint if self.reads_text else None,
-            "max_length": self.max_length,
-            "prefix": self.prefix,
-            "normaliser": self.normaliser,
-            "image_size": self.image_size,
+            "max_length": self.text.max_length,
+            "fields": dict(self.text.fields),
+            "prefix": self.text.prefix,
+            "normaliser": self.text.normaliser,
+            "image_size": self.layout["image_size"],
             "max_images": self.max_images,
+            "video": [self.video.frames, self.video.sampling, self.layout["frame_size"]] if self.video else None,
+            "audio": [config.audio.features, config.audio.mel_bins, config.audio.max_seconds] if self.hearing else None,
             "policies": self.taxonomy.names,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -25,7 +25,7 @@ def starting_model(config: Config, ranks: Ranks, encode: PostEncoder, micro_batc
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     if config.train.compile:
-        for modality in model.modalities:
+        for modality in model.towers:
             getattr(model, modality).compile(dynamic=True)
     return model
 

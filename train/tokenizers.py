@@ -23,6 +23,11 @@ class Tokenizer(Protocol):
         """Token ids of `text`, special ones included: at least one, at most `max_length`."""
         ...
 
+    def encode_further(self, text: str, max_length: int) -> list[int]:
+        """Token ids of a text that stands behind another one: at least one and at most `max_length`, the last of them
+        the token that ends a text, where the tokenizer has one."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer(config, folder)` needs."""
         ...
@@ -40,9 +45,13 @@ class ByteTokenizer:
 
     def encode(self, text: str, max_length: int) -> list[int]:
         """Bytes beyond `max_length` are cut; what JSON allows but UTF-8 does not (lone surrogates) becomes `?`."""
+        return [self.first_id, *self.encode_further(text, max_length - 1)]
+
+    def encode_further(self, text: str, max_length: int) -> list[int]:
+        """The same without the first token."""
         # No character takes less than a byte, so that a long text is not encoded as a whole to be cut.
-        data = text[:max_length].encode("utf-8", errors="replace")[: max_length - 2]
-        return [self.first_id, *(byte + self.first_byte_id for byte in data), self.last_id]
+        data = text[:max_length].encode("utf-8", errors="replace")[: max_length - 1]
+        return [*(byte + self.first_byte_id for byte in data), self.last_id]
 
     def save(self, folder: Path) -> None:
         """Write the ids down for those who serve the model elsewhere; loading needs no file."""
@@ -70,6 +79,8 @@ class HuggingFaceTokenizer:
         self.pad_id: int = pad_id
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         self.fingerprint = _fingerprint(tokenizer)
+        ends = (tokenizer.sep_token_id, tokenizer.eos_token_id)
+        self.end_ids: list[int] = [end for end in ends if end is not None][:1]
 
     def encode(self, text: str, max_length: int) -> list[int]:
         """Tokens beyond `max_length` are cut, the special ones stay."""
@@ -77,6 +88,15 @@ class HuggingFaceTokenizer:
         ids: list[int] = self.tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
         # A tokenizer without special tokens turns an empty text into nothing, and an encoder needs something to read.
         return ids or [self.pad_id]
+
+    def encode_further(self, text: str, max_length: int) -> list[int]:
+        """Tokens beyond `max_length` are cut; separated like the two texts of a pair, or ended."""
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        most = max_length - len(self.end_ids)
+        ids: list[int] = self.tokenizer(
+            text, truncation=True, max_length=most, add_special_tokens=False, verbose=False
+        )["input_ids"]
+        return ids + self.end_ids or [self.pad_id]
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoTokenizer` reads."""

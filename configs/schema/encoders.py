@@ -16,6 +16,8 @@ BYTES = "bytes"
 BYTE_TOKENS = 259
 # The target of an adapter that stands for every linear module.
 ALL_LINEAR = "all-linear"
+# What may be written in a post beside its caption: on screen, as words spoken, by others below it.
+FURTHER_TEXTS = ("ocr", "transcript", "comments")
 
 
 @dataclass
@@ -42,7 +44,7 @@ class LoraConfig:
 
 
 @dataclass
-class TextEncoderConfig:
+class EncoderConfig:
     """Exactly one of `pretrained`, `config` and `build` says what the encoder is."""
 
     # A Hugging Face model: hub id or local folder.
@@ -51,10 +53,36 @@ class TextEncoderConfig:
     config: dict[str, Any] = field(default_factory=dict)
     # An encoder of your own, `module:function`, called with this configuration.
     build: str | None = None
+    # Train adapters beside the encoder instead of the encoder.
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def check_encoder(self, key: str) -> None:
+        """Check the values that every encoder has, which stand under `key`."""
+        given = [f"{key}.{name}" for name in ("pretrained", "config", "build") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)}: set only one of them (model=inline starts without a preset's)")
+        self.lora.check(f"{key}.lora")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether anything says what the encoder is."""
+        return bool(self.pretrained or self.config or self.build)
+
+    def check_sizes(self) -> None:
+        """Refuse an encoder that is described here and does not fit what it will be given to read."""
+
+
+@dataclass
+class TextEncoderConfig(EncoderConfig):
+    """The encoder of everything that is written in a post."""
+
     # `bytes` (UTF-8, any language, no file), a hub id or a local folder; by default that of `pretrained`.
     tokenizer: str | None = None
-    # Tokens kept of a post's text, special ones included.
+    # Tokens kept of a post's caption, special ones included.
     max_length: int = 128
+    # What else is read, behind the caption, and how many tokens are kept of it: any of ocr (text on screen), transcript
+    # (of spoken words) and comments, e.g. {ocr: 64, comments: 128}.
+    fields: dict[str, int] = field(default_factory=dict)
     # Put in front of every text, for encoders that were trained with one (e5: "query: ").
     prefix: str = ""
     # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
@@ -62,23 +90,35 @@ class TextEncoderConfig:
     normaliser: int = 0
     # How tokens become the encoder's summary: mean over the text, or the first token.
     pooling: str = "mean"
-    # Train adapters beside the encoder instead of the encoder.
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        _at_most_one_kind("model.text", self)
-        self.lora.check("model.text.lora")
+        self.check_encoder("model.text")
         at_least("model.text.max_length", self.max_length, 4)
+        for name, tokens in self.fields.items():
+            one_of("model.text.fields", name, FURTHER_TEXTS)
+            at_least(f"model.text.fields.{name}", tokens, 2)
         one_of("model.text.pooling", self.pooling, POOLINGS)
         if self.normaliser not in NORMALISERS:
             raise UserError(f"model.text.normaliser={self.normaliser}: one of {', '.join(map(str, NORMALISERS))}")
 
+    @property
+    def length(self) -> int:
+        """The most tokens that a post can have: those of its caption and of everything else that is read."""
+        return self.max_length + sum(self.fields.values())
+
+    @property
+    def length_key(self) -> str:
+        """What decides `length`, and its value, for messages."""
+        return f"model.text.max_length={self.max_length}" + (
+            f" and model.text.fields={dict(self.fields)}" if self.fields else ""
+        )
+
     def check_sizes(self) -> None:
         """An encoder that is described here must have a position for every token, and a number for every byte."""
         positions, numbers = self.config.get("max_position_embeddings"), self.config.get("vocab_size")
-        if isinstance(positions, int) and positions < self.max_length:
+        if isinstance(positions, int) and positions < self.length:
             raise UserError(
-                f"model.text.max_length={self.max_length}: the encoder has only {positions} positions"
+                f"{self.length_key}: the encoder has only {positions} positions"
                 " (model.text.config.max_position_embeddings)"
             )
         if self.tokenizer in (None, BYTES) and isinstance(numbers, int) and numbers < BYTE_TOKENS:
@@ -88,45 +128,43 @@ class TextEncoderConfig:
 
 
 @dataclass
-class ImageEncoderConfig:
-    """Exactly one of `pretrained`, `config` and `build` says what the encoder is."""
+class PixelEncoderConfig(EncoderConfig):
+    """An encoder of square pictures."""
 
-    # A Hugging Face model: hub id or local folder.
-    pretrained: str | None = None
-    # A model from scratch: a `transformers` configuration with its `model_type`.
-    config: dict[str, Any] = field(default_factory=dict)
-    # An encoder of your own, `module:function`, called with this configuration.
-    build: str | None = None
-    # Height and width in pixels that images are scaled to.
+    # Height and width in pixels that images and frames are scaled to.
     size: int = 64
     # Mean of the channels (red, green, blue) in [0, 1] that is subtracted.
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     # Standard deviation of the channels that is divided by.
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
-    # Images looked at in a post that has several.
-    max_images: int = 1
-    # Train adapters beside the encoder instead of the encoder.
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def __post_init__(self) -> None:
-        _at_most_one_kind("model.image", self)
-        self.lora.check("model.image.lora")
-        at_least("model.image.size", self.size, 8)
-        at_least("model.image.max_images", self.max_images, 1)
+    def check_pixels(self, key: str) -> None:
+        """Check the values that stand under `key`."""
+        self.check_encoder(key)
+        at_least(f"{key}.size", self.size, 8)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0) <= 0:
-            raise UserError("model.image.mean and model.image.std: three numbers each, std above 0")
+            raise UserError(f"{key}.mean and {key}.std: three numbers each, std above 0")
 
-    def check_sizes(self) -> None:
-        """An encoder that is described here must look at images of `size`."""
+    def check_size(self, key: str) -> None:
+        """An encoder that is described here must look at pictures of `size`."""
         made_for = self.config.get("image_size", self.size)
         if isinstance(made_for, int) and made_for != self.size:
             raise UserError(
-                f"model.image.size={self.size}: the encoder was made for {made_for} (model.image.config.image_size);"
-                " leave that out"
+                f"{key}.size={self.size}: the encoder was made for {made_for} ({key}.config.image_size); leave that out"
             )
 
 
-def _at_most_one_kind(key: str, encoder: TextEncoderConfig | ImageEncoderConfig) -> None:
-    given = [f"{key}.{name}" for name in ("pretrained", "config", "build") if getattr(encoder, name)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: set only one of them (model=inline starts without a preset's)")
+@dataclass
+class ImageEncoderConfig(PixelEncoderConfig):
+    """The encoder of images."""
+
+    # Images looked at in a post that has several.
+    max_images: int = 1
+
+    def __post_init__(self) -> None:
+        self.check_pixels("model.image")
+        at_least("model.image.max_images", self.max_images, 1)
+
+    def check_sizes(self) -> None:
+        """An encoder that is described here must look at images of `size`."""
+        self.check_size("model.image")

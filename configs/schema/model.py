@@ -1,29 +1,42 @@
-"""The classifier: a text encoder, an image encoder, their fusion."""
+"""The classifier: an encoder for each modality, their fusion."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.schema.audio import AudioEncoderConfig
 from crossguard.configs.schema.checks import one_of, within
-from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
+from crossguard.configs.schema.encoders import (
+    EncoderConfig,
+    ImageEncoderConfig,
+    PixelEncoderConfig,
+    TextEncoderConfig,
+)
 from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.video import VideoEncoderConfig
 
-MODALITIES = ("text", "image")
+MODALITIES = ("text", "image", "video", "audio")
 
 
 @dataclass
 class ModelConfig:
     """What is trained."""
 
-    # The modalities that the model looks at; others are ignored even where a post has them.
+    # The modalities that the model looks at, of text, image, video and audio; others are ignored even where a post has
+    # them.
     modalities: list[str] = field(default_factory=lambda: ["text", "image"])
-    # Probability, in training, that one modality of a post that has several is replaced by its "absent" token.
+    # Probability, in training, that some of the modalities of a post that has several are replaced by their "absent"
+    # tokens; at least one stays.
     modality_dropout: float = 0.0
     # The text encoder.
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     # The image encoder.
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    # The encoder of videos' frames; one that is not described is the image encoder, whose weights they share.
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    # The encoder of recordings, and of what is heard in a video of a post without a recording.
+    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
     # How modalities are joined.
     fusion: FusionConfig = field(default_factory=FusionConfig)
 
@@ -33,15 +46,46 @@ class ModelConfig:
         for name in self.modalities:
             one_of("model.modalities", name, MODALITIES)
         within("model.modality_dropout", self.modality_dropout, 0, 1)
-        for name in self.modalities:
-            encoder = self.text if name == "text" else self.image
-            if not (encoder.pretrained or encoder.config or encoder.build):
+        for name, encoder in self.encoders.items():
+            if not encoder.is_named:
                 raise UserError(
                     f"model.{name}: set one of pretrained, config, build, choose a preset with model=NAME,"
                     f" or leave '{name}' out of model.modalities"
                 )
+        if not self.video.is_named:
+            own = [name for name in ("size", "mean", "std") if _differs(name, self.video, self.image)]
+            if own:
+                raise UserError(
+                    f"model.video.{own[0]}={getattr(self.video, own[0])}: without an encoder of its own"
+                    f" (model.video.pretrained, config or build) it is that of model.image; leave it out"
+                )
+
+    @property
+    def shares_image_encoder(self) -> bool:
+        """Whether images and the frames of videos are looked at by one encoder."""
+        return {"image", "video"} <= set(self.modalities) and not self.video.is_named
+
+    @property
+    def frame_encoder(self) -> PixelEncoderConfig:
+        """What describes the encoder of frames: `video`, or `image` where that says nothing."""
+        return self.video if self.video.is_named else self.image
+
+    @property
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """Modality -> what describes its encoder; frames that the image encoder looks at have none of their own."""
+        every = {name: getattr(self, name) for name in MODALITIES if name in self.modalities}
+        if "video" in every:
+            every["video"] = self.frame_encoder
+        if self.shares_image_encoder:
+            del every["video"]
+        return every
 
     @property
     def has_pretrained(self) -> bool:
         """Whether the weights of an encoder are read from a hub or a folder."""
-        return any((self.text if name == "text" else self.image).pretrained for name in self.modalities)
+        return any(encoder.pretrained for encoder in self.encoders.values())
+
+
+def _differs(name: str, video: VideoEncoderConfig, image: ImageEncoderConfig) -> bool:
+    value = getattr(video, name)
+    return value not in (getattr(VideoEncoderConfig(), name), getattr(image, name))

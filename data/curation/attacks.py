@@ -100,12 +100,14 @@ class TextAttacks:
     families: tuple[str, ...]
     seed: int
 
-    def apply(self, text: str, position: int) -> str:
-        """The text, or its disguise: a function of the seed and the position in the sample order alone."""
-        draw = random.Random(f"{self.seed}/{position}")
+    def apply(self, text: str, position: int, field: str = "") -> str:
+        """The text, or its disguise: a function of the seed, the position in the sample order and the name of the
+        post's field alone."""
+        place = f"{self.seed}/{position}{field and f'/{field}'}"
+        draw = random.Random(place)
         if draw.random() >= self.probability:
             return text
-        return attack(text, draw.choice(self.families), f"{self.seed}/{position}/words")
+        return attack(text, draw.choice(self.families), f"{place}/words")
 
 
 def attack(text: str, family: str, seed: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,42 @@ from crossguard.data.loading.encoded import EncodedSample, stack
 
 # Batches whose memory is kept: one that is being made, one in use, and one between them.
 MOST_RETURNED = 3
+P = TypeVar("P", bound="Batch | Frames | Sound")
+
+
+@dataclass(slots=True)
+class Frames:
+    """Frames of the videos of B posts: F in all."""
+
+    # uint8[F, 3, S, S], F ≥ 1; one black frame when no post has a video. Channels lie last in memory.
+    pixels: Tensor
+    # float32[F]: seconds from the start of the video.
+    times: Tensor
+    # int64[F]: the post (0 … B-1) that each belongs to, frames in the order of time; -1 for the black one.
+    post: Tensor
+    # bool[B]: whether the post has a video.
+    present: Tensor
+
+
+@dataclass(slots=True)
+class Sound:
+    """What can be heard in B posts: A recordings, at most one of a post."""
+
+    # float32[A, T], waveforms filled up with zeros, or float32[A, bins, T], spectrograms filled up with silence; A ≥ 1:
+    # one of silence when there is nothing to be heard.
+    values: Tensor
+    # int64[A]: how much of T each has.
+    lengths: Tensor
+    # int64[A]: the post that each belongs to; -1 for the silent one.
+    post: Tensor
+    # bool[B]: whether there is something to be heard in the post.
+    present: Tensor
 
 
 @dataclass(slots=True)
 class Batch:
-    """B posts with N images in all. Every batch has tokens and an image, so that all ranks run the same modules."""
+    """B posts with N images in all. Every batch has tokens and an image, and a frame and a recording where the model
+    looks at videos and listens, so that all ranks run the same modules."""
 
     ids: list[str]
     languages: list[str]
@@ -40,35 +71,64 @@ class Batch:
     has_image: Tensor
     # float32[B, P] in [0, 1]; NaN is unknown.
     labels: Tensor
+    # int64[B, L]: the field of the post that each token is of, 0 for the caption; None where only captions are read.
+    segments: Tensor | None = None
+    # None where the model does not look at videos.
+    video: Frames | None = None
+    # None where it does not listen.
+    audio: Sound | None = None
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> Batch:
         """What `stack` has made, copied: into page-locked memory where there is a GPU, to which copies from there run
         in the background."""
-        values: dict[str, Any] = {
-            name: _own(torch.from_numpy(value)) if isinstance(value, np.ndarray) else value
-            for name, value in arrays.items()
-        }
-        images = arrays["pixels"]
-        pixels = _memory((len(images), *images[0].shape))
-        np.stack(images, out=pixels.numpy())
-        return cls(**values | {"pixels": pixels.permute(0, 3, 1, 2)})
+        values = _tensors(arrays)
+        for name, part in (("video", Frames), ("audio", Sound)):
+            if values.get(name) is not None:
+                values[name] = part(**_tensors(values[name]))
+        return cls(**values)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = value.to(device, non_blocking=True)
-        return Batch(**values)
+        return _moved(self, device)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of it."""
+        for part in (self, self.video, self.audio):
+            if part is not None:
+                yield from (value for field in fields(part) if isinstance(value := getattr(part, field.name), Tensor))
 
 
-def collate(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num_policies: int) -> Batch:
-    """A batch of samples; the arguments are those of `stack`."""
-    return Batch.of(stack(samples, pad_id=pad_id, image_size=image_size, num_policies=num_policies))
+def _moved(part: P, device: torch.device | str) -> P:
+    """A batch or a part of one on `device`."""
+    values: dict[str, Any] = {field.name: getattr(part, field.name) for field in fields(part)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Frames | Sound):
+            values[name] = _moved(value, device)
+    return type(part)(**values)
+
+
+def collate(samples: Sequence[EncodedSample], **layout: Any) -> Batch:
+    """A batch of samples; `layout` are the arguments of `stack`."""
+    return Batch.of(stack(samples, **layout))
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with tensors of its own; lists of images uint8[S, S, 3] become pixels uint8[N, 3, S, S]."""
+    values = dict(arrays)
+    for name, value in arrays.items():
+        if isinstance(value, np.ndarray):
+            values[name] = _own(torch.from_numpy(value))
+        elif name == "pixels":
+            pixels = _memory((len(value), *value[0].shape))
+            np.stack(value, out=pixels.numpy())
+            values[name] = pixels.permute(0, 3, 1, 2)
+    return values
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
+
+from crossguard.data.loading.clips import Clip
 
 if TYPE_CHECKING:
     from crossguard.data.loading.sample import RawSample
@@ -31,6 +33,22 @@ class EncodedSample:
     labels: np.ndarray
     # In the sample order.
     position: int = NO_POSITION
+    # uint8[L]: the field that each token is of, 0 for the caption; None where only captions are read.
+    segments: np.ndarray | None = None
+    # None when the post has no video.
+    clip: Clip | None = None
+    # float32[T], a waveform, or float32[bins, T], a spectrogram that ends in silence; None when nothing can be heard.
+    sound: np.ndarray | None = None
+
+
+class Layout(TypedDict):
+    """The arguments of `stack`."""
+
+    pad_id: int
+    image_size: int
+    num_policies: int
+    frame_size: int | None
+    silence: np.ndarray | None
 
 
 class Encode(Protocol):
@@ -42,18 +60,8 @@ class Encode(Protocol):
         ...
 
     @property
-    def pad_id(self) -> int:
-        """Token id that fills `Batch.input_ids`."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square images in pixels."""
-        ...
-
-    @property
-    def num_policies(self) -> int:
-        """Length of the label vector."""
+    def layout(self) -> Layout:
+        """What `stack` needs to lay its samples side by side."""
         ...
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
@@ -61,12 +69,20 @@ class Encode(Protocol):
         decoded."""
         ...
 
-    def text_length(self, text: str | None) -> int:
-        """Number of tokens that the encoded text will have; 0 without text."""
+    def text_length(self, raw: RawSample) -> int:
+        """Number of tokens that the encoded post will have; 0 without text."""
         ...
 
 
-def stack(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num_policies: int) -> dict[str, Any]:
+def stack(
+    samples: Sequence[EncodedSample],
+    *,
+    pad_id: int,
+    image_size: int,
+    num_policies: int,
+    frame_size: int | None = None,
+    silence: np.ndarray | None = None,
+) -> dict[str, Any]:
     """The fields of a `Batch`: arrays in place of tensors, texts padded to the longest, and in place of the pixels a
     list of images uint8[S, S, 3], which are laid side by side once, where the batch is to be.
 
@@ -75,10 +91,12 @@ def stack(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num
         pad_id: token id that fills rows up.
         image_size: side S of the images, for a batch that has none.
         num_policies: length P of the label vectors.
+        frame_size: side of videos' frames, for a batch that has none; None where videos are not looked at.
+        silence: for a batch without sound; None where nothing is listened to.
     """
     input_ids, text_mask = _pad_texts(samples, pad_id)
     images = [(row, image.transpose(1, 2, 0)) for row, sample in enumerate(samples) for image in sample.images]
-    images = images or [(NO_POST, np.zeros((image_size, image_size, 3), dtype=np.uint8))]
+    images = images or [(NO_POST, _black(image_size))]
     labels = np.stack([sample.labels for sample in samples]).astype(np.float32, copy=False)
     if labels.shape != (len(samples), num_policies):
         raise ValueError(f"labels have shape {labels.shape[1:]}, the taxonomy has {num_policies} policies")
@@ -93,7 +111,52 @@ def stack(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num
         "image_post": np.array([row for row, _ in images], dtype=np.int64),
         "has_image": np.array([bool(sample.images) for sample in samples]),
         "labels": labels,
+        "segments": _pad_segments(samples, input_ids.shape),
+        "video": None if frame_size is None else _stack_frames(samples, frame_size),
+        "audio": None if silence is None else _stack_sound(samples, silence),
     }
+
+
+def _black(size: int) -> np.ndarray:
+    return np.zeros((size, size, 3), dtype=np.uint8)
+
+
+def _stack_frames(samples: Sequence[EncodedSample], size: int) -> dict[str, Any]:
+    clips = [(row, sample.clip) for row, sample in enumerate(samples) if sample.clip is not None]
+    clips = clips or [(NO_POST, Clip([_black(size)], np.zeros(1, dtype=np.float32)))]
+    return {
+        "pixels": [frame for _, clip in clips for frame in clip.frames],
+        "times": np.concatenate([clip.times for _, clip in clips]),
+        "post": np.array([row for row, clip in clips for _ in clip.frames], dtype=np.int64),
+        "present": np.array([sample.clip is not None for sample in samples]),
+    }
+
+
+def _stack_sound(samples: Sequence[EncodedSample], silence: np.ndarray) -> dict[str, Any]:
+    sounds = [(row, sample.sound) for row, sample in enumerate(samples) if sample.sound is not None]
+    sounds = sounds or [(NO_POST, silence)]
+    lengths = [sound.shape[-1] for _, sound in sounds]
+    values = np.zeros((len(sounds), *silence.shape[:-1], max(lengths)), dtype=np.float32)
+    for row, (_, sound) in enumerate(sounds):
+        values[row, ..., : lengths[row]] = sound
+        if sound.ndim == 2:  # A spectrogram goes on as it ends: in silence, which is no zero there.
+            values[row, :, lengths[row] :] = sound[:, -1:]
+    return {
+        "values": values,
+        "lengths": np.array(lengths, dtype=np.int64),
+        "post": np.array([row for row, _ in sounds], dtype=np.int64),
+        "present": np.array([sample.sound is not None for sample in samples]),
+    }
+
+
+def _pad_segments(samples: Sequence[EncodedSample], shape: tuple[int, ...]) -> np.ndarray | None:
+    if all(sample.segments is None for sample in samples):
+        return None
+    segments = np.zeros(shape, dtype=np.int64)
+    for row, sample in enumerate(samples):
+        if sample.segments is not None:
+            segments[row, : len(sample.segments)] = sample.segments
+    return segments
 
 
 def _pad_texts(samples: Sequence[EncodedSample], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ ROWS_PER_TASK = 1024
 def token_lengths(
     reader: ShardReader, encode: Encode, folder: Path, num_workers: int, *, speak: bool = False
 ) -> np.ndarray:
-    """Length of each row's encoded text in tokens; 0 without text.
+    """Length of each row's encoded text in tokens, of all fields that are read; 0 without text.
 
     Kept as `<folder>/<split>-<encode>-<manifest>.npy`, the latter two being the starts of fingerprints, so that a
     changed tokenizer or changed shards are counted anew. Lengths only plan batches: a sample that cannot be read
@@ -87,6 +87,6 @@ class _TextLengths:
 
     def _length(self, row: int) -> int:
         try:
-            return self.encode.text_length(self.reader.read_head(row).text)
+            return self.encode.text_length(self.reader.read_head(row))
         except SampleError:
             return 0

@@ -92,9 +92,7 @@ class BatchMaker:
         samples = [sample for sample in found if sample is not None]
         if not samples:
             return Made(None, refused)
-        encode = self.encode
-        arrays = stack(samples, pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)
-        return Made(arrays, refused)
+        return Made(stack(samples, **self.encode.layout), refused)
 
     def received(self, made: Made) -> Delivery:
         """The batch, in memory of its own."""

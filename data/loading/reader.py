@@ -21,7 +21,7 @@ from crossguard.data.loading.sample import RawSample, parse_sample
 from crossguard.data.records import post_key
 from crossguard.data.shards.files import pread
 from crossguard.data.shards.folder import ShardFolder
-from crossguard.data.shards.index import INDEX_DTYPE, TEXT, hex_keys, map_index
+from crossguard.data.shards.index import INDEX_DTYPE, hex_keys, map_index
 from crossguard.data.shards.manifest import ShardInfo
 from crossguard.data.shards.storage import LostError, with_retries
 
@@ -175,16 +175,15 @@ class ShardReader:
         Raises as `read` does.
         """
         shard, key, entry = self._locate(row)
-        head = int(entry["text_bytes"]) + HEAD_BYTES
+        text_bytes = int(entry["text_bytes"])
+        head = text_bytes + HEAD_BYTES
         try:
-            sample = _parse(row, key, self._pread(row, key, shard, entry, head=head), head_only=True)
-            if sample.text is not None or not entry["modalities"] & TEXT:
-                return sample
+            return _parse(row, key, self._pread(row, key, shard, entry, head=head), text_bytes)
         except SampleError:
             if entry["size"] <= head:
                 raise
         # The fields are longer than expected.
-        return _parse(row, key, self._pread(row, key, shard, entry), head_only=True)
+        return _parse(row, key, self._pread(row, key, shard, entry), text_bytes)
 
     def _locate(self, row: int) -> tuple[int, str, Any]:
         """The shard, the key and the index entry of a row."""
@@ -291,9 +290,9 @@ def _is_whole(data: bytes, entry: Any) -> bool:
     return bool(xxhash.xxh3_64_intdigest(data) == entry["digest"])
 
 
-def _parse(row: int, key: str, data: bytes, head_only: bool = False) -> RawSample:
+def _parse(row: int, key: str, data: bytes, text_bytes: int | None = None) -> RawSample:
     try:
-        return parse_sample(data, key, head_only)
+        return parse_sample(data, key, text_bytes)
     except (ValueError, KeyError, TypeError) as error:
         # The error's own text may quote the post.
         raise SampleError(row, key, f"cannot be parsed ({type(error).__name__})") from None

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from crossguard.data.shards.members import BLOCK, NAME, SIZE, TYPE
+from crossguard.data.shards.members import BLOCK, NAME, SIZE, TEXTS, TYPE
 
-HEAD_EXTENSIONS = ("json", "txt")
+HEAD = ("json", "txt", TEXTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,15 @@ class RawSample:
 
     # The post's fields but text and media (KEY.json).
     post: dict[str, Any]
+    # The caption.
     text: str | None = None
     # The files' bytes, in the order of the post.
     images: list[bytes] = field(default_factory=list)
     video: bytes | None = None
     audio: bytes | None = None
+    # What else is written in the post: ocr, transcript (strings) and comments (a list of them), as far as there are any
+    # (KEY.texts.json).
+    texts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -36,13 +40,13 @@ class RawSample:
         return str(self.post.get("language") or "und")
 
 
-def parse_sample(data: bytes, key: str, head_only: bool = False) -> RawSample:
+def parse_sample(data: bytes, key: str, text_bytes: int | None = None) -> RawSample:
     """The sample in a range of a tar.
 
     Args:
         data: all members of the sample, or the first of them.
         key: what their names begin with.
-        head_only: leave out the media.
+        text_bytes: leave out the media; what is written in the post is of this size.
 
     Raises:
         ValueError, KeyError, TypeError: the range is no such sample. The error's own text may quote the post.
@@ -51,11 +55,18 @@ def parse_sample(data: bytes, key: str, head_only: bool = False) -> RawSample:
     text: str | None = None
     images: list[bytes] = []
     video = audio = None
-    for extension, content in _members(data, key, head_only):
-        if extension == "json":
+    texts: dict[str, Any] = {}
+    found = 0
+    for suffix, content in _members(data, key, text_bytes is not None):
+        extension = suffix.rpartition(".")[2]
+        if suffix == "json":
             post = json.loads(content)
-        elif extension == "txt":
+        elif suffix == "txt":
             text = content.decode()
+            found += len(content)
+        elif suffix == TEXTS:
+            texts = json.loads(content)
+            found += len(content)
         elif extension in IMAGE_EXTENSIONS:
             images.append(content)
         elif extension in VIDEO_EXTENSIONS:
@@ -66,11 +77,13 @@ def parse_sample(data: bytes, key: str, head_only: bool = False) -> RawSample:
             raise ValueError("unknown extension")
     if post is None:
         raise ValueError("no fields")
-    return RawSample(post, text, images, video, audio)
+    if text_bytes not in (None, found):
+        raise ValueError("cut short")
+    return RawSample(post, text, images, video, audio, texts)
 
 
 def _members(data: bytes, key: str, head_only: bool) -> Iterator[tuple[str, bytes]]:
-    """(extension, content) of the members in a range of a tar, which are sorted: fields, text, then media.
+    """(what follows the key, content) of the members in a range of a tar, which are sorted: fields, text, then media.
 
     All that our own shards need: short names, regular files. Checksums of headers are not added up: the sample's digest
     has covered them.
@@ -81,12 +94,12 @@ def _members(data: bytes, key: str, head_only: bool) -> Iterator[tuple[str, byte
         name = header[NAME].rstrip(b"\0").decode()
         if not name.startswith(f"{key}.") or header[TYPE] not in (b"0", b"\0"):
             raise ValueError("unexpected member")
-        extension = name.rpartition(".")[2]
-        if head_only and extension not in HEAD_EXTENSIONS:
+        suffix = name[len(key) + 1 :]
+        if head_only and suffix not in HEAD:
             return
         size = int(header[SIZE].rstrip(b"\0 "), 8)
         start += BLOCK
         if start + size > len(data):
             raise ValueError("cut short")
-        yield extension, data[start : start + size]
+        yield suffix, data[start : start + size]
         start += -(-size // BLOCK) * BLOCK

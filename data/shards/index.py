@@ -30,7 +30,7 @@ INDEX_DTYPE = np.dtype(
         ("digest", "<u8"),  # xxh3_64 of those bytes
         ("expires_at", "<i8"),  # seconds since 1970, 0 for never
         ("stratum", "<u4"),  # index into the manifest's strata
-        ("text_bytes", "<u4"),  # UTF-8 bytes of the text
+        ("text_bytes", "<u4"),  # UTF-8 bytes of all that is written in the post
         ("modalities", "<u2"),  # TEXT | IMAGE | VIDEO | AUDIO
     ]
 )

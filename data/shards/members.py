@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+# The extension of what is written in a post beside its caption.
+TEXTS = "texts.json"
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
 NAME, SIZE, CHECKSUM, TYPE, _MAGIC, _PREFIX = (

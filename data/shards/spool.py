@@ -1,7 +1,7 @@
 """The spool: every valid post on disk while a build runs, with a compact row in memory for each.
 
-It lies in the build's own folder and is removed with it. A record is KEY.json, KEY.txt, a description of the media and
-the post's place, one behind the other; media that a source hands over as bytes lie in front of the record.
+It lies in the build's own folder and is removed with it. A record is KEY.json, KEY.txt, KEY.texts.json, a description
+of the media and the post's place, one behind the other; media that a source hands over as bytes lie in front of it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def row_dtype(num_policies: int) -> np.dtype:
             ("offset", "<u8"),
             ("post_bytes", "<u4"),
             ("text_bytes", "<u4"),
+            ("texts_bytes", "<u4"),
             ("media_bytes", "<u4"),
             ("place_bytes", "<u4"),
             ("expires_at", "<i8"),
@@ -66,7 +67,9 @@ class SpoolWriter:
         description = self._describe_media(post, root) if post.media() else b""
         content = canonical_json({**post.to_json(), "split": split})
         text = post.text.encode() if post.text is not None else b""
-        row = self._append(post, content, text, description, place)
+        further = post.further_texts()
+        texts = canonical_json(further) if further else b""
+        row = self._append(post, (content, text, texts, description), place)
         row["split"] = self.splits.setdefault(split, len(self.splits))
         row["language"] = self.languages.setdefault(post.language, len(self.languages))
         row["expires_at"] = epoch_seconds(post.expires_at) if post.expires_at else 0
@@ -76,7 +79,7 @@ class SpoolWriter:
 
     def add_left_out(self, post: Post, rule: int, place: str) -> None:
         """Remember the key, the place and the expiry of a post that is left out, and nothing else of it."""
-        row = self._append(post, b"", b"", b"", place)
+        row = self._append(post, (b"", b"", b"", b""), place)
         row["left_out"] = 1 + rule
         row["expires_at"] = epoch_seconds(post.expires_at) if post.expires_at else 0
 
@@ -101,7 +104,7 @@ class SpoolWriter:
         with self.path.open("rb") as file:
             return SpoolReader(file).place(self._rows[number])
 
-    def _append(self, post: Post, content: bytes, text: bytes, description: bytes, place: str) -> Any:
+    def _append(self, post: Post, parts: tuple[bytes, bytes, bytes, bytes], place: str) -> Any:
         if self._count == len(self._rows):
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         row = self._rows[self._count]
@@ -109,7 +112,7 @@ class SpoolWriter:
         row["key"] = post_key(post.id)
         row["offset"] = self._offset
         where = place.encode(errors="backslashreplace")
-        for name, part in zip(_PARTS, (content, text, description, where), strict=True):
+        for name, part in zip(_PARTS, (*parts, where), strict=True):
             row[name] = len(part)
             self._write(part)
         return row
@@ -140,7 +143,7 @@ class SpoolWriter:
         return [start, len(item)]
 
 
-_PARTS = ("post_bytes", "text_bytes", "media_bytes", "place_bytes")
+_PARTS = ("post_bytes", "text_bytes", "texts_bytes", "media_bytes", "place_bytes")
 
 
 class SpoolReader:
@@ -149,16 +152,17 @@ class SpoolReader:
     def __init__(self, file: BinaryIO):
         self._descriptor = file.fileno()
 
-    def parts(self, row: Any) -> tuple[bytes, bytes, bytes, bytes]:
-        """KEY.json, KEY.txt, the description of the media and the place of a post."""
+    def parts(self, row: Any) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+        """KEY.json, KEY.txt, KEY.texts.json, the description of the media and the place of a post; empty where there is
+        none."""
         sizes = [int(row[name]) for name in _PARTS]
         data = self.bytes_at(int(row["offset"]), sum(sizes))
-        post, text, media, _ = itertools.accumulate(sizes)
-        return data[:post], data[post:text], data[text:media], data[media:]
+        post, text, texts, media, _ = itertools.accumulate(sizes)
+        return data[:post], data[post:text], data[text:texts], data[texts:media], data[media:]
 
     def place(self, row: Any) -> str:
         """Where the post stood in the source."""
-        return self.parts(row)[3].decode()
+        return self.parts(row)[-1].decode()
 
     def bytes_at(self, offset: int, size: int) -> bytes:
         """A range of the spool."""
@@ -178,7 +182,7 @@ def read_description(data: bytes) -> dict[str, Any]:
 
 def _modalities(post: Post) -> int:
     given: Iterable[tuple[int, Any]] = (
-        (TEXT, post.text is not None),
+        (TEXT, post.text is not None or post.further_texts()),
         (IMAGE, post.images),
         (VIDEO, post.video is not None),
         (AUDIO, post.audio is not None),

@@ -24,7 +24,7 @@ from crossguard.data.shards.folder import has_manifest, read_manifest
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
 from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, version_name
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from crossguard.data.shards.members import END_OF_TAR, Header, read_header
+from crossguard.data.shards.members import END_OF_TAR, TEXTS, Header, read_header
 from crossguard.data.shards.place import Place
 from crossguard.data.shards.plan import stratum_of
 from crossguard.data.shards.writer import BUILD_FOLDER
@@ -250,11 +250,12 @@ def _row_at(task: ShardTask, tar: memoryview, offset: int) -> tuple[tuple[int | 
     text_bytes = modalities = 0
     end = header.end
     for member in _members(tar, end, key):
-        bit = _BITS.get(member.name.rpartition(b".")[2].decode(), 0)
+        name = member.name[len(key) + 1 :].decode()
+        bit = TEXT if name == TEXTS else _BITS.get(name.rpartition(".")[2], 0)
         if not bit or member.type != b"0":
             raise ValueError("a member that no shard has")
         modalities |= bit
-        text_bytes = member.size if bit == TEXT else text_bytes
+        text_bytes += member.size if bit == TEXT else 0
         end = member.end
     expires_at = epoch_seconds(post["expires_at"]) if "expires_at" in post else 0
     stratum = task.strata.index(stratum_of(post["language"], post["labels"], task.rarity))

@@ -17,7 +17,7 @@ import xxhash
 
 from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import atomic_file, write_atomic
-from crossguard.data.shards.index import INDEX_DTYPE, TEXT, encode_index, hex_keys
+from crossguard.data.shards.index import INDEX_DTYPE, encode_index, hex_keys
 from crossguard.data.shards.manifest import ShardInfo
 from crossguard.data.shards.media import (
     AUDIO_EXTENSIONS,
@@ -28,7 +28,7 @@ from crossguard.data.shards.media import (
     image_kind,
     read_file,
 )
-from crossguard.data.shards.members import CHECKSUM, END_OF_TAR, SIZE
+from crossguard.data.shards.members import CHECKSUM, END_OF_TAR, SIZE, TEXTS
 from crossguard.data.shards.plan import PlannedShard, load_rows
 from crossguard.data.shards.spool import FILE_NAME, SpoolReader, read_description
 
@@ -122,6 +122,7 @@ def _write_tar(file: BinaryIO, rows: np.ndarray, reader: SampleReader) -> tuple[
     index = np.zeros(len(kept), dtype=INDEX_DTYPE)
     for name in _COPIED:
         index[name] = rows[name][kept]
+    index["text_bytes"] += rows["texts_bytes"][kept]
     located = np.array(ranges, dtype=np.uint64).reshape(-1, 3)
     index["offset"], index["size"], index["digest"] = located.T
     # The tar stays in the order of the keys, a fair mixture for whoever reads it from front to back; the index is by
@@ -146,10 +147,9 @@ class SampleReader:
 
     def sample(self, row: Any, key: str) -> bytes | None:
         """All members of a sample, headers and padding included; None if its media cannot be used."""
-        content, text, description, place = self._spool.parts(row)
-        members = [_member(f"{key}.json", content)]
-        if row["modalities"] & TEXT:
-            members.append(_member(f"{key}.txt", text))
+        content, text, texts, description, place = self._spool.parts(row)
+        written = ((TEXTS, texts), ("txt", text))
+        members = [_member(f"{key}.json", content), *(_member(f"{key}.{name}", part) for name, part in written if part)]
         if description:
             media = read_description(description)
             try:

@@ -10,11 +10,11 @@ from typing import Any
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.suggest import did_you_mean
-from crossguard.data.records import FIELDS, FLAG_FIELDS, OBJECT_FIELDS, TEXT_FIELDS
+from crossguard.data.records import FIELDS, FLAG_FIELDS, LIST_FIELDS, OBJECT_FIELDS, TEXT_FIELDS
 from crossguard.data.taxonomy import Taxonomy
 
 # Fields whose cells hold JSON when the table can only carry text.
-_STRUCTURED = frozenset((*OBJECT_FIELDS, "images"))
+_STRUCTURED = frozenset((*OBJECT_FIELDS, *LIST_FIELDS, "images"))
 
 
 class Columns:

@@ -1,7 +1,8 @@
 """Posts in existing WebDataset tars: our own shards, or those of another tool (webdataset, img2dataset).
 
-A sample is a run of members with the same key. Its fields are those of KEY.json, and every other member under its
-extension: text (txt) and media are taken by default, `caption.txt` is a text of its own and `meta.json` an object.
+A sample is a run of members with the same key. Its fields are those of KEY.json and KEY.texts.json, and every other
+member under its extension: text (txt) and media are taken by default, `caption.txt` is a text of its own and
+`meta.json` an object.
 `data.columns` names the fields of a foreign sample, e.g. {labels.hate: cls, text: caption.txt}; a dotted name leads
 into objects, e.g. {labels.spam: annotations.spam, meta.url: meta.json.url}. A post without `id` is called by its key.
 Pickled members are never opened. What lies beside the tars (img2dataset's parquet and statistics) is not read.
@@ -22,7 +23,7 @@ from crossguard.configs.schema.data import DataConfig
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.records import FIELDS
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from crossguard.data.shards.members import walk
+from crossguard.data.shards.members import TEXTS, walk
 from crossguard.data.sources.base import Record, check_settings, fingerprint_records, needed_path
 from crossguard.data.sources.columns import Columns
 from crossguard.data.taxonomy import Taxonomy
@@ -148,7 +149,7 @@ def _fields(sample: dict[str, bytes]) -> dict[str, Any]:
     images: list[bytes] = []
     for suffix, content in sample.items():
         last = _last(suffix)
-        if suffix == "json":
+        if suffix in ("json", TEXTS):
             fields.update(_object(content))
         elif suffix in VIDEO_EXTENSIONS:
             fields["video"] = content

@@ -17,8 +17,8 @@ from crossguard.data.loading.order import micro_batches
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.engine import Engine
 from crossguard.train.models import build_model
+from crossguard.train.models.example import PostSize, example_batch
 from crossguard.train.objectives import build_objective
-from crossguard.train.planning.shapes import batch_of_shapes
 from crossguard.train.ranks import end_process, init_ranks
 from crossguard.train.tokenizers import load_tokenizer
 
@@ -52,7 +52,7 @@ def train(job: list[str]) -> None:
     engine = Engine(model, config, ranks, micro_batch)
     engine.train()
     objective = build_objective(config.train.loss)
-    batch = batch_of_shapes(config, len(taxonomy.names), micro_batch)
+    batch = example_batch(config.model, len(taxonomy.names), micro_batch, PostSize.largest(config.model))
     for _ in range(STEPS):
         for _ in range(accumulation):
             logits = engine(batch)

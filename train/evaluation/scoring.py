@@ -127,4 +127,4 @@ def _predictions(policies: tuple[str, ...], batch: Batch, logits: torch.Tensor) 
 def _filler(encode: PostEncoder) -> Batch:
     """A batch of one empty post, for a rank that has none left; its logits are thrown away."""
     empty = EncodedSample("", "und", None, [], np.full(encode.num_policies, np.nan, dtype=np.float32))
-    return collate([empty], pad_id=encode.pad_id, image_size=encode.image_size, num_policies=encode.num_policies)
+    return collate([empty], **encode.layout)

@@ -28,7 +28,8 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain
 from crossguard.configs.schema import Config, ModelConfig
-from crossguard.configs.schema.encoders import LoraConfig
+from crossguard.configs.schema.encoders import EncoderConfig, LoraConfig
+from crossguard.configs.schema.model import MODALITIES
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_valid, load_weights
@@ -95,7 +96,7 @@ def _fill(staging: Path, config: Config, run_dir: Path) -> None:
     checkpoint = best_valid(run_dir, Ranks(0, 0, 1, torch.device("cpu")))
     check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
     model = load_trained(config.model, encode, load_weights(checkpoint), checkpoint)
-    if config.model.text.lora.rank or config.model.image.lora.rank:
+    if any(encoder.lora.rank for encoder in config.model.encoders.values()):
         merge_lora(model)
     # Weights that two names share are stored under both: safetensors refuses shared memory.
     save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, staging / WEIGHTS)
@@ -139,12 +140,19 @@ def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:
     """The configuration with every encoder described in full, its adapters merged into it, and the tokenizer in the
     bundle's own folder."""
     name = config.text.tokenizer or config.text.pretrained or BYTES
-    text = dataclasses.replace(config.text, tokenizer=BYTES if name == BYTES else TOKENIZER, lora=LoraConfig())
-    image = dataclasses.replace(config.image, lora=LoraConfig())
-    described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, text=text, image=image), model))
-    for name in config.modalities:
+    text = dataclasses.replace(config.text, tokenizer=BYTES if name == BYTES else TOKENIZER)
+    plain: dict[str, Any] = {
+        name: dataclasses.replace(encoder, lora=LoraConfig())
+        for name, encoder in {**_every_encoder(config), "text": text}.items()
+    }
+    described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, **plain), model))
+    for name in MODALITIES:
         described[name]["config"].pop("_name_or_path", None)  # may be a path of this machine
     return described
+
+
+def _every_encoder(config: ModelConfig) -> dict[str, EncoderConfig]:
+    return {name: getattr(config, name) for name in MODALITIES}
 
 
 def _model_config(folder: Path) -> ModelConfig:

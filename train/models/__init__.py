@@ -1,9 +1,10 @@
-"""Models: towers for text and image, their fusion, one logit for each policy."""
+"""Models: a tower for each modality, their fusion, one logit for each policy."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.models.classifier import Classifier
+from crossguard.train.models.example import PostSize, example_batch
 from crossguard.train.models.hugging_face import encoder_config
 from crossguard.train.tokenizers import Tokenizer
 
@@ -39,7 +41,7 @@ def build_model(
         torch.manual_seed(seed)
         model = Classifier(config, len(taxonomy.names), tokenizer.vocab_size, tokenizer.pad_id, seed)
     if unused is None:
-        freeze_unused(model, _example(config, len(taxonomy.names), tokenizer.pad_id))
+        freeze_unused(model, example_batch(config, len(taxonomy.names), 1, PostSize(), tokenizer.pad_id))
         return model
     for name, parameter in model.named_parameters():
         if name in unused:
@@ -49,12 +51,13 @@ def build_model(
 
 def without_pretrained(config: ModelConfig, model: Classifier) -> ModelConfig:
     """The same architecture, described so that it can be built from its weights alone, without a hub."""
-    changed = {}
-    for name in config.modalities:
-        encoder = getattr(config, name)
+    changed: dict[str, Any] = {}
+    for name, encoder in config.encoders.items():
         if encoder.pretrained:
+            # Frames may be looked at by an encoder that `image` describes.
+            described = "image" if encoder is config.image else name
             tower = getattr(model, name)
-            changed[name] = replace(encoder, pretrained=None, config=encoder_config(tower.encoder))
+            changed[described] = replace(encoder, pretrained=None, config=encoder_config(tower.encoder))
     return replace(config, **changed)
 
 
@@ -67,24 +70,6 @@ def freeze_unused(model: nn.Module, example: Batch) -> None:
             parameter.requires_grad_(False)
         parameter.grad = None
     model.train()
-
-
-def _example(config: ModelConfig, num_policies: int, pad_id: int) -> Batch:
-    """One post with a text of one token and an image."""
-    size = config.image.size
-    yes = torch.ones(1, dtype=torch.bool)
-    return Batch(
-        ids=["example"],
-        languages=["und"],
-        positions=torch.zeros(1, dtype=torch.int64),
-        input_ids=torch.full((1, 1), pad_id),
-        text_mask=yes[:, None],
-        has_text=yes,
-        pixels=torch.zeros(1, 3, size, size, dtype=torch.uint8),
-        image_post=torch.zeros(1, dtype=torch.int64),
-        has_image=yes,
-        labels=torch.zeros(1, num_policies),
-    )
 
 
 __all__ = ["Classifier", "build_model", "freeze_unused", "without_pretrained"]

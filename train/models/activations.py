@@ -17,7 +17,7 @@ def checkpoint_activations(model: Classifier) -> None:
     Raises:
         UserError: an encoder does not support it.
     """
-    for modality in model.modalities:
+    for modality in model.towers:
         tower = getattr(model, modality)
         encoder = getattr(tower, "encoder", tower)
         try:

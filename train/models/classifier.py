@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
+from crossguard.train.models.audio import Hearing, build_audio_tower
 from crossguard.train.models.fusion import Fusion
 from crossguard.train.models.image import Normalise, build_image_tower
 from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
+from crossguard.train.models.pieces import by_post
+from crossguard.train.models.segments import Segments
 from crossguard.train.models.text import build_text_tower
 from crossguard.train.models.tokens import Tokens, summarise
+from crossguard.train.models.video import FramePool
+
+T = TypeVar("T")
 
 
 class Classifier(nn.Module):
@@ -26,6 +34,8 @@ class Classifier(nn.Module):
     def __init__(self, config: ModelConfig, num_policies: int, vocab_size: int, pad_id: int, seed: int):
         super().__init__()
         self.modalities = tuple(config.modalities)
+        # Those with a tower of their own.
+        self.towers = tuple(config.encoders)
         self.pooling = config.text.pooling
         self.modality_dropout, self.seed = config.modality_dropout, seed
         widths = {}
@@ -33,11 +43,26 @@ class Classifier(nn.Module):
             self.text = build_text_tower(config.text, vocab_size, pad_id)
             widths["text"] = self.text.width
             add_lora(self.text, config.text.lora, "model.text.lora")
+            self.segments = Segments(1 + len(config.text.fields), self.text.width) if config.text.fields else None
         if "image" in self.modalities:
             self.normalise = Normalise(config.image.mean, config.image.std)
             self.image = build_image_tower(config.image)
             widths["image"] = self.image.width
             add_lora(self.image, config.image.lora, "model.image.lora")
+        if "video" in self.modalities:
+            self.shares_image_tower = config.shares_image_encoder
+            if not self.shares_image_tower:
+                encoder = config.frame_encoder
+                self.normalise_frames = Normalise(encoder.mean, encoder.std)
+                self.video = build_image_tower(encoder, "video")
+                add_lora(self.video, encoder.lora, "model.video.lora")
+            widths["video"] = (self.image if self.shares_image_tower else self.video).width
+            self.frames = FramePool(widths["video"], config.video.frames)
+        if "audio" in self.modalities:
+            self.audio = build_audio_tower(config.audio)
+            widths["audio"] = self.audio.width
+            add_lora(self.audio, config.audio.lora, "model.audio.lora")
+            self.hearing = Hearing(self.audio.width)
         self.fusion = Fusion(config.fusion, widths)
         self.head = nn.Linear(self.fusion.output_width, num_policies)
         # Every policy starts at probability one half, whatever the encoders say.
@@ -66,8 +91,18 @@ class Classifier(nn.Module):
         modalities = {}
         if "text" in self.modalities:
             modalities["text"] = self._read_text(batch)
-        if "image" in self.modalities:
-            modalities["image"] = self._look_at_images(batch)
+        patches, frames = self._look(batch)
+        if patches is not None:
+            values, there = by_post(patches, batch.image_post, len(batch))
+            mask = there.repeat_interleave(patches.shape[1], dim=1)
+            modalities["image"] = Tokens(values, mask, summarise(values, mask, "mean"), batch.has_image)
+        if frames is not None:
+            video = given(batch.video)
+            modalities["video"] = self.frames(frames, video.times, video.post, video.present)
+        if "audio" in self.modalities:
+            sound = given(batch.audio)
+            heard, mask = self.audio(sound.values.to(self.head.weight.dtype), sound.lengths)
+            modalities["audio"] = self.hearing(heard, mask, sound.post, sound.present)
         return modalities
 
     def judge(self, modalities: dict[str, Tokens]) -> Tensor:
@@ -80,32 +115,30 @@ class Classifier(nn.Module):
         # A post without text reads one token of padding: attention over nothing is not a number.
         mask[:, 0] |= ~batch.has_text
         values = self.text(batch.input_ids, mask)
+        if self.segments is not None:
+            segments = torch.zeros_like(batch.input_ids) if batch.segments is None else batch.segments
+            values = self.segments(values, segments)
         return Tokens(values, mask, summarise(values, mask, self.pooling), batch.has_text)
 
-    def _look_at_images(self, batch: Batch) -> Tokens:
-        pixels = self.normalise(batch.pixels).to(self.head.weight.dtype)
-        values, mask = _gather_by_post(self.image(pixels), batch.image_post, len(batch))
-        return Tokens(values, mask, summarise(values, mask, "mean"), batch.has_image)
+    def _look(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """The patches float[N, T, D] of all images, and those float[F, T, D] of all frames."""
+        patches = frames = None
+        dtype = self.head.weight.dtype
+        if "video" in self.modalities and self.shares_image_tower:
+            # In one pass: a tower that ran twice would gather its weights twice under ZeRO-3.
+            both = torch.cat([batch.pixels, given(batch.video).pixels])
+            patches, frames = self.image(self.normalise(both).to(dtype)).split(
+                [len(batch.pixels), len(both) - len(batch.pixels)]
+            )
+            return patches, frames
+        if "image" in self.modalities:
+            patches = self.image(self.normalise(batch.pixels).to(dtype))
+        if "video" in self.modalities:
+            frames = self.video(self.normalise_frames(given(batch.video).pixels).to(dtype))
+        return patches, frames
 
 
-def _gather_by_post(patches: Tensor, image_post: Tensor, num_posts: int) -> tuple[Tensor, Tensor]:
-    """Lay the patches of each post's images side by side.
-
-    Args:
-        patches: float[N, T, D].
-        image_post: int64[N]: the post each image belongs to; -1 belongs to none.
-        num_posts: B.
-
-    Returns:
-        float[B, M·T, D] and bool[B, M·T], where M is the largest number of images of a post.
-    """
-    _, length, width = patches.shape
-    # Images that belong to no post go to one row more, which is cut off: their tower still gets a gradient, of zeros.
-    row = torch.where(image_post < 0, num_posts, image_post)
-    counts = torch.bincount(row, minlength=num_posts + 1)[:num_posts]
-    same = (row[:, None] == row[None, :]) & (row < num_posts)
-    place = same.tril(-1).sum(1)
-    most = max(1, int(counts.max()))
-    values = patches.new_zeros(num_posts + 1, most, length, width).index_put((row, place), patches)
-    mask = torch.arange(most, device=row.device)[None, :] < counts[:, None]
-    return values[:num_posts].flatten(1, 2), mask.repeat_interleave(length, dim=1)
+def given(part: T | None) -> T:
+    """A part of a batch that was made for a model which looks at it."""
+    assert part is not None, "the batch was encoded for another model"
+    return part

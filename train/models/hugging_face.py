@@ -10,24 +10,32 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from crossguard.configs.encoder_names import EXAMPLES, PARTS
 from crossguard.configs.errors import UserError
 from crossguard.configs.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Role = Literal["text", "image"]
+Role = Literal["text", "image", "video", "audio"]
+ENCODED = {"text": "texts", "image": "images", "video": "images", "audio": "sound"}
 # How weights are shared out while they are read; None: every rank holds them whole.
 _DEEPSPEED: ContextVar[Mapping[str, Any] | None] = ContextVar("deepspeed", default=None)
-INPUTS = {"text": "input_ids", "image": "pixel_values"}
+INPUTS = {
+    "text": ("input_ids",),
+    "image": ("pixel_values",),
+    "video": ("pixel_values",),
+    "audio": ("input_features", "input_values"),
+}
 
 
-def load_encoder(name: str, role: Role) -> PreTrainedModel:
+def load_encoder(name: str, role: Role, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A pretrained encoder in float32; of a dual encoder (CLIP, SigLIP) the tower of `role`.
 
     Args:
         name: hub id or local folder.
         role: which tower, and which key of the configuration an error names.
+        settings: of its configuration, in place of those that it was saved with; those that it has.
 
     Raises:
         UserError: there is no such model, it reads something else, or its file lacks weights of the encoder.
@@ -38,6 +46,9 @@ def load_encoder(name: str, role: Role) -> PreTrainedModel:
     # What a fresh pooler draws must not change what is drawn after it: that depends on how the weights are read.
     with _opening(key), _quiet(), torch.random.fork_rng(devices=[]), _partitioning():
         config = _tower_config(AutoConfig.from_pretrained(name), role)
+        for setting, value in (settings or {}).items():
+            if hasattr(config, setting):
+                setattr(config, setting, value)
         encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     # A pooler is made anew for many checkpoints; it is not used here.
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
@@ -99,7 +110,7 @@ def new_encoder(values: dict[str, Any], defaults: dict[str, Any], role: Role) ->
     values = dict(values)
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise UserError(f"{key}.model_type: missing; e.g. {'bert' if role == 'text' else 'vit'}")
+        raise UserError(f"{key}.model_type: missing; e.g. {EXAMPLES[role]}")
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"{key}.model_type={model_type}: unknown; {did_you_mean(model_type, CONFIG_MAPPING.keys())}")
     standard = AutoConfig.for_model(model_type)
@@ -177,13 +188,15 @@ def _quiet() -> Iterator[None]:
 
 def _tower_config(config: Any, role: Role) -> Any:
     """Of a dual encoder's configuration the part of one tower."""
-    return getattr(config, "vision_config" if role == "image" else "text_config", config)
+    return getattr(config, PARTS[role], config)
 
 
 def _encoder_half(model: PreTrainedModel, role: Role, key: str) -> PreTrainedModel:
     """Of an encoder-decoder (T5) the encoder."""
-    if model.main_input_name != INPUTS[role]:
-        raise UserError(f"{key}: does not read {INPUTS[role]}; choose a model that encodes {role}s")
+    if model.main_input_name not in INPUTS[role]:
+        raise UserError(
+            f"{key}: does not read {' or '.join(INPUTS[role])}; choose a model that encodes {ENCODED[role]}"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         encoder: PreTrainedModel = model.get_encoder()
         return encoder

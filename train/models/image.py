@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.encoders import ImageEncoderConfig
+from crossguard.configs.schema.encoders import PixelEncoderConfig
 from crossguard.train.models.hugging_face import load_encoder, new_encoder
 from crossguard.train.models.tower import Tower, build_own_tower
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 class ImageTower(Tower):
     """Pixels in, one vector a patch out, of a vision encoder of `transformers`."""
 
-    def __init__(self, encoder: PreTrainedModel, size: int):
+    def __init__(self, encoder: PreTrainedModel, size: int, role: str = "image"):
         """
         Args:
             encoder: of `transformers`.
             size: S, the side of the images.
+            role: which key of the configuration an error names.
 
         Raises:
             UserError: the encoder cannot look at images of that size.
@@ -36,7 +37,7 @@ class ImageTower(Tower):
             self.width = _look(encoder, size).shape[-1]
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"model.image.size={size}: the encoder cannot look at such images ({reason})") from error
+            raise UserError(f"model.{role}.size={size}: the encoder cannot look at such images ({reason})") from error
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float[N, 3, S, S] → float[N, T, width]."""
@@ -73,8 +74,8 @@ class Normalise(nn.Module):
         return (values - mean[:, None, None]) / std[:, None, None]
 
 
-def build_image_tower(config: ImageEncoderConfig) -> Tower:
-    """The image tower that a configuration names.
+def build_image_tower(config: PixelEncoderConfig, role: Literal["image", "video"] = "image") -> Tower:
+    """The tower for images, or for the frames of videos, that a configuration names.
 
     An encoder of the user's own (`build: module:function`) is called with `config` and returns a module whose
     `forward(pixels float[N, 3, S, S])`, normalised by `config.mean` and `config.std`, gives float[N, T, width] and
@@ -84,15 +85,15 @@ def build_image_tower(config: ImageEncoderConfig) -> Tower:
         UserError: no such encoder, or it was made for another size.
     """
     if config.build:
-        return build_own_tower(config.build, "model.image.build", config)
+        return build_own_tower(config.build, f"model.{role}.build", config)
     encoder = (
-        load_encoder(config.pretrained, "image")
+        load_encoder(config.pretrained, role)
         if config.pretrained
-        else new_encoder(config.config, {"image_size": config.size}, "image")
+        else new_encoder(config.config, {"image_size": config.size}, role)
     )
     made_for = getattr(encoder.config, "image_size", config.size)
     if made_for != config.size:
         raise UserError(
-            f"model.image.size={config.size}: the encoder was made for {made_for}; set model.image.size={made_for}"
+            f"model.{role}.size={config.size}: the encoder was made for {made_for}; set model.{role}.size={made_for}"
         )
-    return ImageTower(encoder, config.size)
+    return ImageTower(encoder, config.size, role)

@@ -63,5 +63,5 @@ def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size:
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions and any(name in encoder.config.model_type for name in _AFTER_PADDING):
         positions -= pad_id + 1
-    if positions and positions < config.max_length:
-        raise UserError(f"model.text.max_length={config.max_length}: the encoder has only {positions} positions")
+    if positions and positions < config.length:
+        raise UserError(f"{config.length_key}: the encoder has only {positions} positions")

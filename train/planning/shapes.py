@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.model import ModelConfig
-from crossguard.data.loading.collate import Batch
 from crossguard.train.models import Classifier, freeze_unused
 from crossguard.train.models.activations import checkpoint_activations
+from crossguard.train.models.example import PostSize, example_batch
 from crossguard.train.models.hugging_face import Role, pretrained_config
 from crossguard.train.optimizer import freeze
 from crossguard.train.planning.trace import Trace, trace_step
@@ -45,7 +45,7 @@ class Shapes:
             with self._open():
                 # What lies on "meta" would not follow the rules of autocast.
                 self.model.to_empty(device="cpu")
-                freeze_unused(self.model, batch_of_shapes(config, num_policies, 1))
+                freeze_unused(self.model, example_batch(config.model, num_policies, 1, PostSize.largest(config.model)))
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"model: cannot be run on shapes alone, so not be planned ({reason})") from error
@@ -55,11 +55,11 @@ class Shapes:
         if config.train.gradient_checkpointing:
             checkpoint_activations(self.model)
 
-    def trace(self, posts: int, *, length: int | None = None, images: int | None = None) -> Trace:
-        """A forward and backward pass over a batch of `posts`, each with so many tokens and images: by default the
-        most that there may be."""
-        with self._open(images):
-            batch = batch_of_shapes(self.config, self.num_policies, posts, length=length, images=images)
+    def trace(self, posts: int, size: PostSize | None = None) -> Trace:
+        """A forward and backward pass over a batch of `posts` of a size: by default as large as they may be."""
+        size = size or PostSize.largest(self.config.model)
+        with self._open(size.images):
+            batch = example_batch(self.config.model, self.num_policies, posts, size)
             return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16")
 
     @contextmanager
@@ -73,39 +73,17 @@ class Shapes:
             yield
 
 
-def batch_of_shapes(
-    config: Config, num_policies: int, size: int, *, length: int | None = None, images: int | None = None
-) -> Batch:
-    """A batch of `size` posts: every text of `length` tokens and every post with so many `images`, by default the most
-    that there may be."""
-    length = (length or config.model.text.max_length) if "text" in config.model.modalities else 1
-    images = size * (images or config.model.image.max_images) if "image" in config.model.modalities else 1
-    side = config.model.image.size
-    yes = torch.ones(size, dtype=torch.bool)
-    return Batch(
-        ids=["planned"] * size,
-        languages=["und"] * size,
-        positions=torch.zeros(size, dtype=torch.int64),
-        input_ids=torch.zeros(size, length, dtype=torch.int64),
-        text_mask=torch.ones(size, length, dtype=torch.bool),
-        has_text=yes,
-        pixels=torch.zeros(images, 3, side, side, dtype=torch.uint8),
-        image_post=torch.zeros(images, dtype=torch.int64),
-        has_image=yes,
-        labels=torch.zeros(size, num_policies),
-    )
-
-
 def _described(config: ModelConfig) -> tuple[ModelConfig, int, int]:
     """The model without its pretrained weights, the size of its vocabulary and the id of its padding.
 
     Of a pretrained encoder only `config.json` is read. Its own tokenizer has no more tokens than it.
     """
-    roles: tuple[Role, ...] = ("text", "image")
     encoders: dict[str, Any] = {
-        role: replace(encoder, pretrained=None, config=pretrained_config(encoder.pretrained, role))
-        for role in roles
-        if role in config.modalities and (encoder := getattr(config, role)).pretrained
+        "image" if encoder is config.image else name: replace(
+            encoder, pretrained=None, config=pretrained_config(encoder.pretrained, cast(Role, name))
+        )
+        for name, encoder in config.encoders.items()
+        if encoder.pretrained
     }
     described = replace(config, **encoders)
     if "text" in encoders and config.text.tokenizer is None:

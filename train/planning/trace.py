@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Trace:
 
 
 def trace_step(model: nn.Module, batch: Batch, *, bf16: bool) -> Trace:
-    """Run the model forward and backward on a batch of shapes (`shapes.batch_of_shapes`).
+    """Run the model forward and backward on a batch of shapes (`example_batch`).
 
     Args:
         model: of shapes; left without gradients.
@@ -58,7 +58,7 @@ def trace_step(model: nn.Module, batch: Batch, *, bf16: bool) -> Trace:
         bf16: under autocast, as DeepSpeed runs it.
     """
     trace = Trace(len(batch))
-    outside = [*model.parameters(), *model.buffers(), *(getattr(batch, field.name) for field in fields(batch))]
+    outside = [*model.parameters(), *model.buffers(), *batch.tensors()]
     watch = _Watch(trace, outside)
     model.train()
     handles = [
