@@ -51,7 +51,7 @@ class PostEncoder:
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.reads_text = "text" in config.modalities
         self.pad_id = self.tokenizer.pad_id
-        self.num_policies = len(taxonomy.names)
+        self.num_policies = taxonomy.num_labels
         self.fingerprint = self._fingerprint()
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
@@ -72,7 +72,7 @@ class PostEncoder:
             language=raw.language,
             input_ids=self._encode_text(text),
             images=[decode_image(data, self.image_size) for data in raw.images[: self.max_images]],
-            labels=self.taxonomy.label_vector(raw.post["labels"]),
+            labels=self.taxonomy.label_vector(raw.post["labels"], raw.post.get("severity")),
         )
 
     def text_length(self, text: str | None) -> int:
@@ -95,6 +95,6 @@ class PostEncoder:
             "normaliser": self.normaliser,
             "image_size": self.image_size,
             "max_images": self.max_images,
-            "policies": self.taxonomy.names,
+            "policies": self.taxonomy.columns,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

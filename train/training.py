@@ -96,7 +96,7 @@ def _train(
         refusals.agree()
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
-    compute = find_compute(config, inputs.encode.num_policies, ranks)
+    compute = find_compute(config, ranks)
     saver = _open_saver(config, engine)
     with (
         preemption.holding(),

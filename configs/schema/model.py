@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import one_of, within
 from crossguard.configs.schema.encoders import ImageEncoderConfig, TextEncoderConfig
-from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.fusion import LATE, FusionConfig
+from crossguard.configs.schema.heads import HeadConfig
 
 MODALITIES = ("text", "image")
 
@@ -26,6 +27,9 @@ class ModelConfig:
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     # How modalities are joined.
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    # Head -> its policies; by default one, `main`, decides all. A head of its own lets a policy be trained while
+    # everything else is frozen, e.g. train.freeze=["text.*", "image.*", "fusion.*", "heads.main.*"].
+    heads: dict[str, HeadConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modalities:
@@ -33,6 +37,12 @@ class ModelConfig:
         for name in self.modalities:
             one_of("model.modalities", name, MODALITIES)
         within("model.modality_dropout", self.modality_dropout, 0, 1)
+        for name, head in self.heads.items():
+            if head.hidden and self.fusion.kind == LATE:
+                raise UserError(
+                    f"model.heads.{name}.hidden={head.hidden}: model.fusion.kind=late adds up what each modality says,"
+                    " which a hidden layer would mix; leave it 0, or choose another kind"
+                )
         for name in self.modalities:
             encoder = self.text if name == "text" else self.image
             if not (encoder.pretrained or encoder.config or encoder.build):

@@ -16,6 +16,7 @@ import numpy as np
 from crossguard.configs.errors import UserError
 from crossguard.configs.own_parts import load_own, naming
 from crossguard.configs.schema.evaluation import COUNTS, METRICS, EvaluationConfig
+from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.false_positives import false_positive_gaps
 from crossguard.train.evaluation.intervals import ranking_intervals
 from crossguard.train.evaluation.predictions import Predictions
@@ -24,7 +25,6 @@ from crossguard.train.evaluation.slices import JOIN, LANGUAGE, groups_of
 # Called with binary labels int64 [n] and scores float64 [n].
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
-POSITIVE_FROM = 0.5
 TARGET_PRECISION = 0.9
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:

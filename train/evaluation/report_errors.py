@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.plots import share_panel
 from crossguard.train.evaluation.predictions import Predictions
 

@@ -42,7 +42,7 @@ def score_split(
     """The model's predictions on `rows` of a split, gathered on every rank; all ranks call it.
 
     Args:
-        model: called with a `Batch`, gives logits float[B, P]; left in evaluation mode.
+        model: called with a `Batch`, gives logits float[B, L], those of the policies first; left in evaluation mode.
         encode: the model's own.
         reader: the split.
         rows: int[…], the same on every rank; each is scored once.

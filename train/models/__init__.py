@@ -1,4 +1,4 @@
-"""Models: towers for text and image, their fusion, one logit for each policy."""
+"""Models: towers for text and image, their fusion, heads with a logit for each policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_model(
 
     Args:
         config: the model's configuration.
-        taxonomy: one logit for each of its policies.
+        taxonomy: the policies, one logit for each, and their levels of severity.
         tokenizer: of the texts.
         seed: of the fresh weights.
         unused: the names of the parameters that take no part, for a model that cannot be run yet (its weights are
@@ -37,9 +37,9 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(config, len(taxonomy.names), tokenizer.vocab_size, tokenizer.pad_id, seed)
+        model = Classifier(config, taxonomy, tokenizer.vocab_size, tokenizer.pad_id, seed)
     if unused is None:
-        freeze_unused(model, _example(config, len(taxonomy.names), tokenizer.pad_id))
+        freeze_unused(model, _example(config, taxonomy.num_labels, tokenizer.pad_id))
         return model
     for name, parameter in model.named_parameters():
         if name in unused:
@@ -69,7 +69,7 @@ def freeze_unused(model: nn.Module, example: Batch) -> None:
     model.train()
 
 
-def _example(config: ModelConfig, num_policies: int, pad_id: int) -> Batch:
+def _example(config: ModelConfig, num_labels: int, pad_id: int) -> Batch:
     """One post with a text of one token and an image."""
     size = config.image.size
     yes = torch.ones(1, dtype=torch.bool)
@@ -83,7 +83,7 @@ def _example(config: ModelConfig, num_policies: int, pad_id: int) -> Batch:
         pixels=torch.zeros(1, 3, size, size, dtype=torch.uint8),
         image_post=torch.zeros(1, dtype=torch.int64),
         has_image=yes,
-        labels=torch.zeros(1, num_policies),
+        labels=torch.zeros(1, num_labels),
     )
 
 

@@ -1,4 +1,4 @@
-"""The classifier: a tower for each modality, their fusion, one logit for each policy."""
+"""The classifier: a tower for each modality, their fusion, heads with a logit for each policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
-from crossguard.train.models.fusion import Fusion
+from crossguard.data.taxonomy import Taxonomy
+from crossguard.train.models.fusion import build_fusion
+from crossguard.train.models.heads import Heads
 from crossguard.train.models.image import Normalise, build_image_tower
 from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
@@ -23,7 +25,7 @@ class Classifier(nn.Module):
     gather and reduce the same parameters. A post's logits do not depend on the posts beside it, nor on padding.
     """
 
-    def __init__(self, config: ModelConfig, num_policies: int, vocab_size: int, pad_id: int, seed: int):
+    def __init__(self, config: ModelConfig, taxonomy: Taxonomy, vocab_size: int, pad_id: int, seed: int):
         super().__init__()
         self.modalities = tuple(config.modalities)
         self.pooling = config.text.pooling
@@ -38,11 +40,8 @@ class Classifier(nn.Module):
             self.image = build_image_tower(config.image)
             widths["image"] = self.image.width
             add_lora(self.image, config.image.lora, "model.image.lora")
-        self.fusion = Fusion(config.fusion, widths)
-        self.head = nn.Linear(self.fusion.output_width, num_policies)
-        # Every policy starts at probability one half, whatever the encoders say.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.fusion = build_fusion(config.fusion, widths)
+        self.heads = Heads(config.heads, taxonomy, self.fusion.output_width)
 
     def train(self, mode: bool = True) -> Classifier:
         """Switch to training, all but batch normalisation: it keeps its statistics.
@@ -56,7 +55,7 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """A batch of B posts → logits float32[B, P]."""
+        """A batch of B posts → logits float32[B, L], in the order of the label vector."""
         if self.training and self.modality_dropout:
             batch = drop_modalities(batch, self.modality_dropout, self.seed)
         return self.judge(self.read(batch))
@@ -71,8 +70,8 @@ class Classifier(nn.Module):
         return modalities
 
     def judge(self, modalities: dict[str, Tokens]) -> Tensor:
-        """What the towers say of B posts, as `read` gives it → logits float32[B, P]."""
-        logits: Tensor = self.head(self.fusion(modalities)).float()
+        """What the towers say of B posts, as `read` gives it → logits float32[B, L]."""
+        logits: Tensor = self.heads(self.fusion(modalities))
         return logits
 
     def _read_text(self, batch: Batch) -> Tokens:
@@ -83,7 +82,7 @@ class Classifier(nn.Module):
         return Tokens(values, mask, summarise(values, mask, self.pooling), batch.has_text)
 
     def _look_at_images(self, batch: Batch) -> Tokens:
-        pixels = self.normalise(batch.pixels).to(self.head.weight.dtype)
+        pixels = self.normalise(batch.pixels).to(self.fusion.absent["image"].dtype)
         values, mask = _gather_by_post(self.image(pixels), batch.image_post, len(batch))
         return Tokens(values, mask, summarise(values, mask, "mean"), batch.has_image)
 

@@ -16,6 +16,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
+from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.models import Classifier, freeze_unused
 from crossguard.train.models.activations import checkpoint_activations
 from crossguard.train.models.hugging_face import Role, pretrained_config
@@ -31,21 +32,22 @@ _COUNTS = torch.ops.aten.bincount.default
 class Shapes:
     """The classifier that training would build, its unused and frozen parameters marked."""
 
-    def __init__(self, config: Config, num_policies: int):
+    def __init__(self, config: Config):
         """
         Raises:
             UserError: an encoder does not exist, does not fit, or cannot be run without its numbers.
         """
-        self.config, self.num_policies = config, num_policies
+        taxonomy = Taxonomy.from_config(config.taxonomy)
+        self.config, self.num_labels = config, taxonomy.num_labels
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         model_config, vocab_size, pad_id = _described(config.model)
         try:
             with torch.device("meta"):
-                self.model = Classifier(model_config, num_policies, vocab_size, pad_id, config.seed)
+                self.model = Classifier(model_config, taxonomy, vocab_size, pad_id, config.seed)
             with self._open():
                 # What lies on "meta" would not follow the rules of autocast.
                 self.model.to_empty(device="cpu")
-                freeze_unused(self.model, batch_of_shapes(config, num_policies, 1))
+                freeze_unused(self.model, batch_of_shapes(config, self.num_labels, 1))
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"model: cannot be run on shapes alone, so not be planned ({reason})") from error
@@ -59,7 +61,7 @@ class Shapes:
         """A forward and backward pass over a batch of `posts`, each with so many tokens and images: by default the
         most that there may be."""
         with self._open(images):
-            batch = batch_of_shapes(self.config, self.num_policies, posts, length=length, images=images)
+            batch = batch_of_shapes(self.config, self.num_labels, posts, length=length, images=images)
             return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16")
 
     @contextmanager
@@ -74,7 +76,7 @@ class Shapes:
 
 
 def batch_of_shapes(
-    config: Config, num_policies: int, size: int, *, length: int | None = None, images: int | None = None
+    config: Config, num_labels: int, size: int, *, length: int | None = None, images: int | None = None
 ) -> Batch:
     """A batch of `size` posts: every text of `length` tokens and every post with so many `images`, by default the most
     that there may be."""
@@ -92,7 +94,7 @@ def batch_of_shapes(
         pixels=torch.zeros(images, 3, side, side, dtype=torch.uint8),
         image_post=torch.zeros(images, dtype=torch.int64),
         has_image=yes,
-        labels=torch.zeros(size, num_policies),
+        labels=torch.zeros(size, num_labels),
     )
 
 
