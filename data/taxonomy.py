@@ -1,12 +1,12 @@
 """The taxonomy: a versioned, ordered set of policies, in the order of every label vector and of the logits.
 
-A label vector has a column for each policy, and behind them, for each policy with a severity, one for each of its
+What a model learns has a column for each policy, and behind them, for each policy with a severity, one for each of its
 levels: whether the post is so severe or more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -79,7 +79,7 @@ class Taxonomy:
 
     @property
     def severities(self) -> dict[str, slice]:
-        """Policy -> its levels' columns of the label vector, the mildest first."""
+        """Policy -> the columns of its levels, the mildest first."""
         found, start = {}, len(self.policies)
         for policy in self.policies:
             if policy.severity_levels:
@@ -89,12 +89,12 @@ class Taxonomy:
 
     @property
     def num_labels(self) -> int:
-        """Length of the label vector."""
+        """How many columns a model learns."""
         return len(self.columns)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the columns of the label vector say: `hate`, …, `hate >= 1`, `hate >= 2`, …"""
+        """What a model learns: `hate`, …, `hate >= 1`, `hate >= 2`, …"""
         levels = ((policy.name, level) for policy in self.policies for level in range(1, policy.severity_levels + 1))
         return *self.names, *(f"{name} >= {level}" for name, level in levels)
 
@@ -104,12 +104,32 @@ class Taxonomy:
         levels = [range(where.start, where.stop) for name, where in self.severities.items() if name in policies]
         return [*own, *chain.from_iterable(levels)]
 
-    def label_vector(self, labels: Mapping[str, float | None], severity: Mapping[str, int] | None = None) -> np.ndarray:
-        """Labels and levels as float32[num_labels]; NaN where nobody gave one. What is benign has severity 0."""
+    def label_vector(self, labels: Mapping[str, float | None]) -> np.ndarray:
+        """The labels as float32[P] in the order of the policies; NaN where nobody gave one."""
         given = (labels.get(policy.name) for policy in self.policies)
-        columns = [np.nan if label is None else label for label in given]
-        for name, where in self.severities.items():
-            known = (severity or {}).get(name, 0 if labels.get(name) == 0 else None)
-            levels = range(1, where.stop - where.start + 1)
-            columns += [np.nan if known is None else float(known >= level) for level in levels]
-        return np.array(columns, dtype=np.float32)
+        return np.array([np.nan if label is None else label for label in given], dtype=np.float32)
+
+    def level_vector(self, labels: Mapping[str, float | None], severity: Mapping[str, int]) -> np.ndarray:
+        """For each level of each severity 1 where the post reaches it, else 0, in the order of `columns`; float32, NaN
+        where nobody gave a severity. What is benign has severity 0."""
+        levels: list[float] = []
+        for policy in self.policies:
+            known = severity.get(policy.name, 0 if labels.get(policy.name) == 0 else None)
+            steps = range(1, policy.severity_levels + 1)
+            levels += [np.nan if known is None else float(known >= step) for step in steps]
+        return np.array(levels, dtype=np.float32)
+
+
+def hold_parents(values: np.ndarray, policies: Sequence[str], parents: Iterable[tuple[str, str]]) -> np.ndarray:
+    """Probabilities [posts, policies]: each at most its parent's.
+
+    Args:
+        values: left as they are.
+        policies: in the order of the columns.
+        parents: (child, parent), every parent before its own children.
+    """
+    held = values.copy()
+    for child, parent in parents:
+        column, above = policies.index(child), policies.index(parent)
+        held[:, column] = np.minimum(held[:, column], held[:, above])
+    return held

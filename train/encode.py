@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -72,13 +74,19 @@ class PostEncoder:
             language=raw.language,
             input_ids=self._encode_text(text),
             images=[decode_image(data, self.image_size) for data in raw.images[: self.max_images]],
-            labels=self.taxonomy.label_vector(raw.post["labels"], raw.post.get("severity")),
+            labels=self._labels(raw.post),
         )
 
     def text_length(self, text: str | None) -> int:
         """Number of tokens of an encoded text; 0 without text."""
         tokens = self._encode_text(text)
         return 0 if tokens is None else len(tokens)
+
+    def _labels(self, post: Mapping[str, Any]) -> np.ndarray:
+        labels = self.taxonomy.label_vector(post["labels"])
+        if not self.taxonomy.severities:
+            return labels
+        return np.concatenate([labels, self.taxonomy.level_vector(post["labels"], post.get("severity", {}))])
 
     def _encode_text(self, text: str | None) -> np.ndarray | None:
         if text is None or not self.reads_text:

@@ -119,7 +119,7 @@ def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
     if config.evaluation.calibration != "none" and posts.folder.manifest.shards_of(TRAIN):
         folders = open_folders(config) if config.data.mixing.datasets else {OWN: posts.folder}
         shifts = sampling_shifts(folders, config.data.mixing, posts.folder.manifest.rarity, scored[VALIDATION])
-    return fit_decisions(scored[VALIDATION], config.evaluation, shifts)
+    return fit_decisions(scored[VALIDATION], config.evaluation, shifts, posts.taxonomy.parents)
 
 
 def _measure_decisions(splits: dict[str, dict[str, Any]], scored: Scored, decisions: Decisions, config: Config) -> None:
