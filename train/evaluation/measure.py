@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logis
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.routing import measure_routing
 from crossguard.train.evaluation.sampling_prior import Shifts, sampling_shifts
-from crossguard.train.evaluation.splits import TRAIN, VALIDATION
+from crossguard.train.evaluation.splits import TRAIN, VALIDATION, shown_split
 from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
 # What the run's own model is called beside its ablations and references.
@@ -55,6 +55,7 @@ def measure(
     scored: dict[str, Scored],
     ablations: list[str],
     suite: list[Predictions],
+    subsets: Mapping[tuple[str, ...], Predictions],
 ) -> None:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
@@ -66,6 +67,7 @@ def measure(
         scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
         ablations: their names.
         suite: predictions on the functional suite, if there is one.
+        subsets: modalities -> predictions from them alone on the split that is shown first, if they were asked for.
     """
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
@@ -75,6 +77,8 @@ def measure(
         validation = scored[MODEL].get(VALIDATION)
         thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
         metrics["suite"] = measure_suite(suite, Path(str(config.evaluation.suite)).name, thresholds)
+    if subsets:
+        metrics["modality_subsets"] = _subsets(config, scored[MODEL], subsets)
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
     if references:
@@ -145,8 +149,20 @@ def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bo
     }
 
 
+def _subsets(config: Config, scored: Scored, subsets: Mapping[tuple[str, ...], Predictions]) -> dict[str, Any]:
+    """The same posts from some of their modalities: the fewest first, all of them last."""
+    split = shown_split(scored)
+    measured = []
+    for modalities, predictions in {**subsets, tuple(config.model.modalities): scored[split]}.items():
+        found = evaluate_predictions(predictions, replace(config.evaluation, slices=[]), in_detail=True)
+        policies = {policy: {"all": result["all"]} for policy, result in found["policies"].items()}
+        macro = {"macro": found["macro"]} if "macro" in found else {}
+        measured.append({"modalities": list(modalities), "policies": policies, **macro})
+    return {"split": split, "subsets": measured}
+
+
 def _beside(scored: Scored, config: Config) -> dict[str, Any]:
     """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
     splits = _metrics(scored, config)
-    shown = splits.get("test") or next(iter(splits.values()))
+    shown = splits[shown_split(splits)]
     return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}
