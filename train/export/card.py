@@ -95,8 +95,8 @@ def _severities(measured: dict[str, Any]) -> list[str]:
     lines = [
         f"Severity of {policy}: quadratic weighted kappa {cell['quadratic_kappa']:.3f}, mean absolute error "
         f"{cell['mean_absolute_error']:.2f} levels, over {cell['n']} posts."
-        for policy, cell in cells.items()
-        if "insufficient" not in cell
+        for policy, severity in severities.items()
+        if severity and "insufficient" not in (cell := severity["all"])
     ]
     return ["", *lines] if lines else []
 
