@@ -62,6 +62,14 @@ def test_ranks_and_micro_batches_may_lack_modalities_and_labels(found: list[dict
             assert difference["weights"] < WEIGHTS, case
 
 
+def test_ranks_may_lack_modalities_in_every_kind_of_fusion(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert len(rank["fusions"]) == 8
+        for case, difference in rank["fusions"].items():
+            assert difference["losses"] < 1e-6, case
+            assert difference["weights"] < WEIGHTS < 1e-3 < difference["moved"], case
+
+
 def test_averaged_weights(found: list[dict[str, Any]]) -> None:
     for rank in found:
         averages = rank["averages"]

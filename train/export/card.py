@@ -89,9 +89,7 @@ def _row(policy: str, cell: dict[str, Any]) -> str:
 
 def _severities(measured: dict[str, Any]) -> list[str]:
     """A sentence for each policy with a severity that could be measured."""
-    cells = {
-        policy: result["severity"]["all"] for policy, result in measured["policies"].items() if "severity" in result
-    }
+    severities = {policy: result.get("severity") for policy, result in measured["policies"].items()}
     lines = [
         f"Severity of {policy}: quadratic weighted kappa {cell['quadratic_kappa']:.3f}, mean absolute error "
         f"{cell['mean_absolute_error']:.2f} levels, over {cell['n']} posts."
