@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logis
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.routing import measure_routing
 from crossguard.train.evaluation.sampling_prior import Shifts, sampling_shifts
-from crossguard.train.evaluation.splits import TRAIN, VALIDATION
+from crossguard.train.evaluation.splits import TRAIN, VALIDATION, shown_split
 from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
 # What the run's own model is called beside its ablations and references.
@@ -56,6 +56,7 @@ def measure(
     scored: dict[str, Scored],
     ablations: list[str],
     suite: list[Predictions],
+    subsets: Mapping[tuple[str, ...], Predictions],
 ) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
@@ -67,6 +68,7 @@ def measure(
         scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
         ablations: their names.
         suite: predictions on the functional suite, if there is one.
+        subsets: modalities -> predictions from them alone on the split that is shown first, if they were asked for.
 
     Returns:
         The content of metrics.json, and the report's plots by section.
@@ -79,6 +81,8 @@ def measure(
         validation = scored[MODEL].get(VALIDATION)
         thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
         metrics["suite"] = measure_suite(suite, Path(str(config.evaluation.suite)).name, thresholds)
+    if subsets:
+        metrics["modality_subsets"] = _subsets(config, scored[MODEL], subsets)
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
     if references:
@@ -125,7 +129,7 @@ def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
     if config.evaluation.calibration != "none" and posts.folder.manifest.shards_of(TRAIN):
         folders = open_folders(config) if config.data.mixing.datasets else {OWN: posts.folder}
         shifts = sampling_shifts(folders, config.data.mixing, posts.folder.manifest.rarity, scored[VALIDATION])
-    return fit_decisions(scored[VALIDATION], config.evaluation, shifts)
+    return fit_decisions(scored[VALIDATION], config.evaluation, shifts, posts.taxonomy.parents)
 
 
 def _measure_decisions(splits: dict[str, dict[str, Any]], scored: Scored, decisions: Decisions, config: Config) -> None:
@@ -151,8 +155,20 @@ def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bo
     }
 
 
+def _subsets(config: Config, scored: Scored, subsets: Mapping[tuple[str, ...], Predictions]) -> dict[str, Any]:
+    """The same posts from some of their modalities: the fewest first, all of them last."""
+    split = shown_split(scored)
+    measured = []
+    for modalities, predictions in {**subsets, tuple(config.model.modalities): scored[split]}.items():
+        found = evaluate_predictions(predictions, replace(config.evaluation, slices=[]), in_detail=True)
+        policies = {policy: {"all": result["all"]} for policy, result in found["policies"].items()}
+        macro = {"macro": found["macro"]} if "macro" in found else {}
+        measured.append({"modalities": list(modalities), "policies": policies, **macro})
+    return {"split": split, "subsets": measured}
+
+
 def _beside(scored: Scored, config: Config) -> dict[str, Any]:
     """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
     splits = _metrics(scored, config)
-    shown = splits.get("test") or next(iter(splits.values()))
+    shown = splits[shown_split(splits)]
     return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from crossguard.configs.schema.evaluation import COUNTS
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
-from crossguard.train.evaluation.findings import find, in_words, primary_split
+from crossguard.train.evaluation.findings import find, in_words
 from crossguard.train.evaluation.plots import Line, Panel, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
 from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
 from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
+from crossguard.train.evaluation.splits import shown_split
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRIC_NAMES = {
@@ -90,7 +91,7 @@ def write_report(run_dir: Path, evaluated: Evaluated) -> dict[str, list[Panel]]:
 
 def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
     metrics, manifest = evaluated.metrics, evaluated.manifest
-    split = primary_split(metrics)
+    split = shown_split(metrics["splits"])
     train_languages = {
         name.rpartition("/")[0]
         for shard in manifest.shards_of("train")
@@ -110,6 +111,8 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "tables": {
             name: _policy_rows(evaluated.config, measured, names) for name, measured in _ordered(metrics, split)
         },
+        "subsets": metrics.get("modality_subsets", {}).get("subsets", []),
+        "severities": _severities(metrics["splits"][split]),
         "heat_maps": {name: heat_map(measured, "language") for name, measured in _ordered(metrics, split)},
         "slices": slice_maps(metrics["splits"][split]),
         "gaps": gap_rows(metrics["splits"][split]),
@@ -163,6 +166,16 @@ def _policy_rows(config: Config, measured: Mapping[str, Any], names: Mapping[str
             "values": [(result["all"].get(key), result["all"].get("intervals", {}).get(key)) for key in names],
         }
         for policy, result in measured["policies"].items()
+    ]
+
+
+def _severities(measured: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(policy, language, cell), all languages first."""
+    return [
+        (policy, language, cell)
+        for policy, result in measured["policies"].items()
+        if "severity" in result
+        for language, cell in {"all languages": result["severity"]["all"], **result["severity"]["by_language"]}.items()
     ]
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crossguard.configs.schema.evaluation import METRICS
-from crossguard.train.evaluation.findings import primary_split
 from crossguard.train.evaluation.metrics import groups_in
 from crossguard.train.evaluation.plots import Panel
 from crossguard.train.evaluation.report_decisions import calibration_rows, threshold_rows
+from crossguard.train.evaluation.splits import shown_split
 from crossguard.train.tracking import Row, Tracker
 
 
@@ -21,7 +21,7 @@ def track_report(tracker: Tracker, metrics: Mapping[str, Any], panels: Mapping[s
         metrics: the content of report/metrics.json.
         panels: section of the report -> its plots.
     """
-    split = primary_split(metrics)
+    split = shown_split(metrics["splits"])
     tables = {
         "policies": [row for name, measured in metrics["splits"].items() for row in _cells(name, measured)],
         "calibration": [_calibration(row) for row in calibration_rows(metrics["splits"][split])],
