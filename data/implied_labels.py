@@ -29,7 +29,8 @@ def complete_labels(
         if found.get(child) == 1:
             found.setdefault(parent, 1.0)
         if found.get(child, 0) >= POSITIVE_FROM > found.get(parent, 1):
-            message = f"is {found[child]:g}, and labels.{parent} is {found[parent]:g}, of which it is a part"
+            given = "is" if child in labels else "is implied to be"
+            message = f"{given} {found[child]:g}, and labels.{parent} is {found[parent]:g}, of which it is a part"
             wrong.append((f"labels.{child}", f"{message}; what violates '{child}' violates '{parent}'"))
     for child, parent in taxonomy.parents:
         if found.get(parent) == 0:

@@ -65,10 +65,10 @@ def modalities(ranks: Ranks, _: Path) -> dict[str, Any]:
 
 def fusions(ranks: Ranks, _: Path) -> dict[str, Any]:
     """The same in every kind of fusion, under two heads of which one's policy is a part of the other's."""
-    heads = {"main": HeadConfig(["spam"]), "insults": HeadConfig(["insult"], hidden=3)}
     policies = [PolicyConfig("spam"), PolicyConfig("insult", parent="spam")]
     found = {}
     for name, (fusion, stages) in FUSIONS.items():
+        heads = {"main": HeadConfig(["spam"]), "insults": HeadConfig(["insult"], 0 if name == "late" else 3)}
         model = replace(model_config(), fusion=replace(fusion, width=16, heads=2), heads=heads)
         freeze = [*KEY_BIASES, *(["fusion.*key_value.bias"] if fusion.kind == "cross" else [])]
         configs = [config_of(stage, model, freeze=freeze) for stage in stages]

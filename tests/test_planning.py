@@ -23,6 +23,8 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.recipe_files import available_recipes
 from crossguard.configs.schema import Config, DataConfig, TaxonomyConfig, TrainConfig
 from crossguard.configs.schema.cluster import ClusterConfig
+from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.heads import HeadConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.recipes.planning import as_table, plan_job
 from crossguard.train.models import build_model
@@ -74,6 +76,11 @@ MODELS = {
                 "image_size": SIZE,
             },
         }
+    ),
+    "cross": replace(
+        model_config(),
+        fusion=FusionConfig("cross", width=16, heads=2),
+        heads={"insults": HeadConfig(["insult"], hidden=4), "main": HeadConfig(["spam"])},
     ),
     "convnext": model_config(image={"model_type": "convnext", "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}),
 }

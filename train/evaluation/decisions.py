@@ -90,7 +90,7 @@ class Decisions:
                 for policy, languages in value["thresholds"].items()
             },
             dict(value["promises"]),
-            [(child, parent) for child, parent in value["parents"]],
+            [(child, parent) for child, parent in value.get("parents", [])],
         )
 
 

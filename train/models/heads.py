@@ -41,18 +41,18 @@ class Heads(nn.ModuleDict):
             raise UserError(f"model.heads: choose another name ({error.args[0]})") from None
         made = list(chain.from_iterable(taxonomy.columns_of(one.policies) for one in config.values()))
         # Where each column of the label vector stands in what the heads say, one after the other.
-        self.order = [made.index(column) for column in range(taxonomy.num_labels)]
-        self.parents = [(taxonomy.names.index(child), taxonomy.names.index(up)) for child, up in taxonomy.parents]
+        self._order = [made.index(column) for column in range(taxonomy.num_labels)]
+        self._parents = [(taxonomy.names.index(child), taxonomy.names.index(up)) for child, up in taxonomy.parents]
 
     def forward(self, features: Tensor) -> Tensor:
         """float[B, width] → float32[B, L]: logits of the columns of the label vector."""
         logits = torch.cat([head(features) for head in self.values()], dim=1)
-        if self.order != sorted(self.order):
-            logits = logits[:, self.order]
-        if not self.parents:
+        if self._order != sorted(self._order):
+            logits = logits[:, self._order]
+        if not self._parents:
             return logits
         columns = list(logits.unbind(1))
-        for child, parent in self.parents:
+        for child, parent in self._parents:
             columns[child] = both(columns[child], columns[parent])
         return torch.stack(columns, dim=1)
 
