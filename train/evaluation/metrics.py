@@ -92,13 +92,7 @@ def evaluate_predictions(
         if policy in predictions.severity:
             policies[policy]["severity"] = measure_severity(predictions, policy, config.min_positives)
         if in_detail:
-            by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
-            simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
-            gaps = false_positive_gaps(
-                known.labels, known.scores, {LANGUAGE: known.languages, **simple}, config.min_positives
-            )
-            found = {"by_slice": by_slice, "false_positive_gap": gaps}
-            policies[policy] |= {name: value for name, value in found.items() if value}
+            policies[policy] |= _detail(known, cell, config.min_positives)
     result: dict[str, Any] = {"policies": policies}
     means = {
         "macro": mean_of_cells(policy["all"] for policy in policies.values()),
@@ -109,6 +103,14 @@ def evaluate_predictions(
     if in_detail:
         means["worst"] = worst_groups(policies)
     return result | {name: mean for name, mean in means.items() if mean}
+
+
+def _detail(known: Known, cell: Callable[[np.ndarray], dict[str, Any]], min_positives: int) -> dict[str, Any]:
+    """Slices, and gaps of false positives between their groups, of one policy."""
+    by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
+    simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
+    gaps = false_positive_gaps(known.labels, known.scores, {LANGUAGE: known.languages, **simple}, min_positives)
+    return {name: value for name, value in (("by_slice", by_slice), ("false_positive_gap", gaps)) if value}
 
 
 def groups_in(policy: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -44,7 +44,7 @@ class PostFlops:
         sizes = _sizes(config.model)
         with sdpa_kernel(SDPBackend.MATH):  # Fused attention computes its scores once more on the way back.
             seconds = config.model.audio.max_seconds
-            measured = [shapes.trace(POSTS, PostSize(*size, seconds)).flops / POSTS for size in sizes.tolist()]
+            measured = [shapes.trace(POSTS, PostSize(*size, seconds=seconds)).flops / POSTS for size in sizes.tolist()]
         # What a model does not look at does not count.
         read = [name in config.model.modalities for name in MODALITIES]
         terms = _terms(np.where(read, sizes, 0))
