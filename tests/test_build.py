@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import clips
 import pytest
 from build_job import build, files_of, make_config, make_posts, picture, write_lines
 
@@ -192,7 +193,7 @@ def test_a_wrong_column_is_told_once_and_hides_nothing(tmp_path: Path) -> None:
 
 def test_media_that_changed_without_changing_size_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
-    large = bytes(1 << 20)
+    large = clips.video([0, 255]) + bytes(1 << 20)
     (tmp_path / "v.mp4").write_bytes(large)
     posts = [{"id": "1", "image": "a.png", "labels": {}}, {"id": "2", "video": "v.mp4", "labels": {}}]
     config = make_config(write_lines(tmp_path / "p.jsonl", posts))

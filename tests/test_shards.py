@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import clips
 import numpy as np
 import pytest
 import xxhash
@@ -26,9 +27,10 @@ MEDIA = {
     "1.jpg": picture("JPEG"),
     "2.png": picture("PNG"),
     "3.WEBP": picture("WEBP"),
-    "v.MP4": b"\0\0\0\x18ftypmp42",
-    "a.flac": b"fLaC",
+    "v.MP4": clips.video([0, 255]),
+    "a.flac": clips.recording(clips.tone(440, 0.1)),
 }
+TEXTS = '{"comments":["first","второй"],"ocr":"SALE"}'.encode()
 
 
 @pytest.fixture
@@ -39,6 +41,8 @@ def posts(tmp_path: Path) -> Path:
     everything = {
         "id": "everything",
         "text": "t",
+        "ocr": "SALE",
+        "comments": ["first", "второй"],
         "language": "ar",
         "images": ["1.jpg", "2.png", "3.WEBP"],
         "video": "v.MP4",
@@ -70,6 +74,7 @@ def test_webdataset_finds_every_sample(posts: Path, tmp_path: Path) -> None:
         assert sample["json"]["id"] == post["id"]
         assert sample["json"]["labels"] == {name: label for name, label in post["labels"].items() if label is not None}
     everything = found[post_key("everything").hex()]
+    assert everything["texts.json"] == {"ocr": "SALE", "comments": ["first", "второй"]}
     assert everything["json"] == {
         "id": "everything",
         "language": "ar",
@@ -91,8 +96,9 @@ def test_members_have_their_order_and_neither_time_nor_owner(posts: Path, tmp_pa
             key = post_key("everything").hex()
             if f"{key}.json" in contents:
                 names = [name.partition(".")[2] for name in contents if name.startswith(key)]
-                assert names == ["json", "txt", "0.jpg", "1.png", "2.webp", "mp4", "flac"]
-                assert [contents[f"{key}.{name}"] for name in names[2:]] == list(MEDIA.values())
+                assert names == ["json", "texts.json", "txt", "0.jpg", "1.png", "2.webp", "mp4", "flac"]
+                assert [contents[f"{key}.{name}"] for name in names[3:]] == list(MEDIA.values())
+                assert contents[f"{key}.texts.json"] == TEXTS
     assert f"{post_key('one').hex()}.png" in [member.name for member in members]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
 
@@ -116,7 +122,7 @@ def test_the_index_finds_every_sample(posts: Path, tmp_path: Path) -> None:
             if key == post_key("everything").hex():
                 assert row["modalities"] == TEXT | IMAGE | VIDEO | AUDIO
                 assert row["expires_at"] == 4102444800
-                assert row["text_bytes"] == 1
+                assert row["text_bytes"] == 1 + len(TEXTS)
                 assert manifest.strata[row["stratum"]] == f"ar/{manifest.rarity[0]}"
             seen.add(key)
         # In the tar, samples follow each other by key without a gap, up to the end-of-archive blocks.

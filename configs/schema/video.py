@@ -13,8 +13,8 @@ MOST_FRAMES = 256
 
 @dataclass
 class VideoEncoderConfig(PixelEncoderConfig):
-    """The encoder of frames. Without `pretrained`, `config` and `build` it is the image encoder, with its `size`,
-    `mean` and `std`: the same weights look at images and frames."""
+    """The encoder of frames. Without `pretrained`, `config` and `build` it is the image encoder: the same weights look
+    at images and frames, of its `size`, `mean` and `std`."""
 
     # Frames looked at in a video.
     frames: int = 8

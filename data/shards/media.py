@@ -102,6 +102,20 @@ def clip_extension(data: bytes, path: str | None, known: frozenset[str]) -> str:
     raise RefusedMedia(f"unknown kind of file; known are {', '.join(sorted(known))}")
 
 
+def check_clip(data: bytes, field: str) -> None:
+    """Decode the start of a video or a recording, as `field` says.
+
+    Raises:
+        RefusedMedia: that is not possible.
+    """
+    from crossguard.data.loading.clips import check_video
+    from crossguard.data.loading.sound import check_sound
+
+    reason = check_video(data) if field == "video" else check_sound(data)
+    if reason:
+        raise RefusedMedia(reason)
+
+
 def _sniffed(data: bytes) -> tuple[str, ...]:
     if data[4:8] == b"ftyp":
         return ("mp4", "m4a")

@@ -23,6 +23,7 @@ from crossguard.data.shards.media import (
     AUDIO_EXTENSIONS,
     VIDEO_EXTENSIONS,
     RefusedMedia,
+    check_clip,
     clip_extension,
     image_extension,
     image_kind,
@@ -136,12 +137,14 @@ class SampleReader:
     Args:
         spool: the posts.
         roots: folders that media paths start from.
-        decode: whether images are decoded to find damage; needless to see whether bytes are those of a shard.
+        decode: whether images, and the start of clips, are decoded to find damage; needless to see whether bytes are
+            those of a shard.
     """
 
     def __init__(self, spool: SpoolReader, roots: tuple[str, ...], *, decode: bool = True):
         self._spool = spool
         self._image_extension = image_extension if decode else image_kind
+        self._decode = decode
         self._roots = [Path(root) for root in roots]
         self.refused: list[dict[str, str]] = []
 
@@ -177,7 +180,10 @@ class SampleReader:
                 item = media[name]
                 with _naming(name, item):
                     data = self._bytes(root, item)
-                    found.append((clip_extension(data, item if isinstance(item, str) else None, known), data))
+                    extension = clip_extension(data, item if isinstance(item, str) else None, known)
+                    if self._decode:
+                        check_clip(data, name)
+                    found.append((extension, data))
         return found
 
     def _bytes(self, root: Path, item: str | list[int]) -> bytes:
