@@ -103,10 +103,11 @@ def _encoder_parameters(config: Any) -> set[str]:
 
 
 def _classifier_parameters() -> set[str]:
-    """Names of what the classifier adds to its encoders."""
-    from tiny_models import build, model_config
+    """Names of what the classifier adds to its encoders, whatever it looks at."""
+    from media_posts import media_config
+    from tiny_models import build
 
-    model = build(model_config())
+    model = build(media_config(own=True))
     encoders = tuple(f"{modality}." for modality in model.modalities)
     return {name for name, _ in model.named_parameters() if not name.startswith(encoders)}
 
