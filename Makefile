@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-launchers unit unit-waiting soak lint bench constraints clean
+.PHONY: setup demo test test-launchers test-browser unit unit-waiting soak lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -38,13 +38,18 @@ unit: setup
 unit-waiting: setup
 	$(BIN)/pytest $(WAITING)
 
-# Training that is killed and stopped at random moments; six minutes or more.
+# Training that is killed and stopped at random moments, and resumed a thousand times; twenty minutes or more.
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak
 
 # What `make test` tries of the launchers briefly, in full; as root, since it starts SLURM and network namespaces.
 test-launchers: setup
 	$(BIN)/pytest -m 'launchers or slurm' tests/test_launchers.py tests/test_slurm.py
+
+# The report in a real browser, which is installed where it is missing (Debian, as root).
+test-browser: setup
+	PYTHONPATH=tests $(BIN)/python -c 'from packages import installed; installed({"chromium": "chromium"})'
+	$(BIN)/pytest tests/test_report_in_browser.py
 
 lint: setup
 	$(BIN)/ruff check .

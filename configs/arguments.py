@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.keys import GROUPS, UnknownKey, accepts_text, is_free_form, type_of
+from crossguard.configs.keys import GROUPS, UnknownKey, accepts_text, described_mapping, is_free_form, type_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,20 @@ def _accepted(argument: str) -> str:
             raise UserError(f"{argument}: '{value}' is not a value (a list is written [a,b], a mapping {{a: 1}})")
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         argument = f"{key}='{quoted}'"
-    return f"++{argument.lstrip('+')}" if is_free_form(name) else argument.lstrip("+")
+    argument = argument.lstrip("+")
+    return f"++{_from_mapping(name, argument)}" if is_free_form(name) else argument
+
+
+def _from_mapping(name: str, argument: str) -> str:
+    """Where a mapping's values have a schema of their own, an override is merged into the mapping: OmegaConf makes no
+    value of one that it is told a single field of."""
+    mapping = described_mapping(name)
+    if mapping is None or mapping == name:
+        return argument
+    value = argument.partition("=")[2]
+    for part in reversed(name.removeprefix(f"{mapping}.").split(".")):
+        value = f"{{{part}: {value}}}"
+    return f"{mapping}={value}"
 
 
 def _parse(argument: str) -> Override | None:

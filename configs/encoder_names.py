@@ -13,6 +13,7 @@ from typing import Any
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.encoders import EncoderConfig
+from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.suggest import did_you_mean
 
 # `name` or `owner/name`; everything else is a folder.
@@ -88,9 +89,16 @@ def known_parameters(encoder: EncoderConfig, modality: str) -> list[str]:
     return parameter_names(tower_type(values, modality)) if known else []
 
 
-def classifier_parameter_names() -> list[str]:
-    """Names of the parameters that the classifier adds to its encoders."""
-    return _expanded(snapshot()["classifier_parameters"])
+def classifier_parameter_names(model: ModelConfig) -> list[str]:
+    """Names of the parameters that the classifier adds to its encoders, the layers' numbers as 0."""
+    kind = "bottleneck" if model.fusion.bottleneck else model.fusion.kind
+    names = _expanded(f"{snapshot()['fusion_parameters'][kind]} {snapshot()['head_parameters']}")
+    # Those of the modality `text` and of the head `main` stand for those of the others.
+    for placeholder, given in (("text", model.modalities), ("main", list(model.heads) or ["main"])):
+        place = re.compile(rf"(?<=\.){placeholder}(?=\.|$)")
+        names = list(dict.fromkeys(place.sub(name, entry) for entry in names for name in given))
+    behind_towers = snapshot()["modality_parameters"]
+    return names + [entry for name in model.modalities for entry in _expanded(behind_towers.get(name, ""))]
 
 
 def is_of_installed_version() -> bool:

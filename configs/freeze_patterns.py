@@ -21,7 +21,7 @@ def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
     Raises:
         UserError: names the pattern and the nearest one that matches something.
     """
-    names, open_ended = classifier_parameter_names(), []
+    names, open_ended = classifier_parameter_names(model), []
     for modality, encoder in model.encoders.items():
         inside = known_parameters(encoder, modality)
         names += [f"{modality}.encoder.{name}" for name in inside]

@@ -60,6 +60,16 @@ def is_free_form(path: str) -> bool:
     return any(typing.get_origin(type_of(".".join(parts[:count]))) is dict for count in range(1, len(parts) + 1))
 
 
+def described_mapping(path: str) -> str | None:
+    """The mapping of open names to values with a schema that `path` is or lies inside, if there is one."""
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        annotation = type_of(above := ".".join(parts[:count]))
+        if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(typing.get_args(annotation)[1]):
+            return above
+    return None
+
+
 def accepts_text(path: str) -> bool:
     """Whether the field at `path` takes a string."""
     annotation = type_of(path)

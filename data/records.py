@@ -14,6 +14,7 @@ from typing import Any
 from crossguard.configs.schema.build import SPLIT_NAME
 from crossguard.configs.schema.encoders import FURTHER_TEXTS
 from crossguard.configs.suggest import did_you_mean
+from crossguard.data.implied_labels import complete_labels
 from crossguard.data.taxonomy import Taxonomy
 
 # A media item: a path relative to the folder of the posts' file, or the bytes themselves.
@@ -135,7 +136,8 @@ _OPTIONAL = (
 def parse_post(raw: Mapping[str, Any], taxonomy: Taxonomy) -> Post:
     """Check a record in the contract's JSON shape and make a `Post` of it.
 
-    A label is 1, 0, a fraction between them, true or false (1 and 0), or null for unknown. Empty text is no text.
+    A label is 1, 0, a fraction between them, true or false (1 and 0), or null for unknown; labels that others imply are
+    added (`implied_labels`). Empty text is no text.
 
     Raises:
         RecordError: with all that is wrong, not only the first.
@@ -143,6 +145,9 @@ def parse_post(raw: Mapping[str, Any], taxonomy: Taxonomy) -> Post:
     fields = _Fields(raw)
     text = {name: fields.string(name) for name in TEXT_FIELDS if name in raw}
     images = fields.images()
+    severity = fields.by_policy("severity", taxonomy, _severity)
+    labels, contradictions = complete_labels(taxonomy, fields.by_policy("labels", taxonomy, _label), severity)
+    fields.errors += contradictions
     post = Post(
         id=text.get("id") or "",
         text=text.get("text"),
@@ -153,8 +158,8 @@ def parse_post(raw: Mapping[str, Any], taxonomy: Taxonomy) -> Post:
         images=images,
         video=fields.media("video"),
         audio=fields.media("audio"),
-        labels=fields.by_policy("labels", taxonomy, _label),
-        severity=fields.by_policy("severity", taxonomy, _severity),
+        labels=labels,
+        severity=severity,
         split=text.get("split"),
         group=text.get("group"),
         created_at=text.get("created_at"),

@@ -12,6 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from crossguard.configs.schema.fusion import JOINT, KINDS, FusionConfig
+from crossguard.configs.schema.heads import HeadConfig
+from crossguard.data.taxonomy import Policy, Taxonomy
+
 SNAPSHOT = Path(__file__).parent.parent / "configs" / "model" / "encoder_names.json"
 
 # The lists of transformers that name encoders of text, images, audio or video.
@@ -47,7 +51,9 @@ def installed_names() -> dict[str, Any]:
         "settings": {name: " ".join(sorted(settings[name] - shared)) for name in sorted(settings)},
         "parts": {name: parts for name in sorted(configs) if (parts := _parts(configs[name]))},
         "parameters": {name: _joined(names) for name, names in parameters.items()},
-        "classifier_parameters": _joined(_classifier_parameters()),
+        "fusion_parameters": {kind: _joined(_fusion_parameters(kind)) for kind in (*KINDS, "bottleneck")},
+        "head_parameters": _joined(_head_parameters()),
+        "modality_parameters": {name: _joined(_modality_parameters(name)) for name in ("text", "video", "audio")},
     }
 
 
@@ -102,14 +108,38 @@ def _encoder_parameters(config: Any) -> set[str]:
     return {name for name, _ in encoder.named_parameters()}
 
 
-def _classifier_parameters() -> set[str]:
-    """Names of what the classifier adds to its encoders, whatever it looks at."""
-    from media_posts import media_config
-    from tiny_models import build
+def _fusion_parameters(kind: str) -> set[str]:
+    """Names of a fusion's parameters; those of the modality `text` stand for those of every modality."""
+    from crossguard.train.models.fusion import build_fusion
 
-    model = build(media_config(own=True))
-    encoders = tuple(f"{modality}." for modality in model.modalities)
-    return {name for name, _ in model.named_parameters() if not name.startswith(encoders)}
+    bottleneck = 2 * (kind == "bottleneck")
+    config = FusionConfig(JOINT if bottleneck else kind, width=4, layers=2, heads=2, bottleneck=bottleneck)
+    names = (name for name, _ in build_fusion(config, {"text": 4, "image": 4}).named_parameters())
+    return {f"fusion.{name}" for name in names if ".image" not in f".{name}"}
+
+
+def _head_parameters() -> set[str]:
+    """Names of the parameters of a head that has all there can be, called `main`."""
+    from crossguard.train.models.heads import Heads
+
+    taxonomy = Taxonomy("all", "1", (Policy("hate", "", "", severity_levels=3),))
+    heads = Heads({"main": HeadConfig(["hate"], hidden=4)}, taxonomy, width=4)
+    return {f"heads.{name}" for name, _ in heads.named_parameters()}
+
+
+def _modality_parameters(name: str) -> set[str]:
+    """Names of what the classifier adds behind the tower of a modality."""
+    from crossguard.train.models.audio import Hearing
+    from crossguard.train.models.segments import Segments
+    from crossguard.train.models.video import FramePool
+
+    parts = {
+        "text": ("segments", Segments(2, 4)),
+        "video": ("frames", FramePool(4, 1)),
+        "audio": ("hearing", Hearing(4)),
+    }
+    attribute, part = parts[name]
+    return {f"{attribute}.{name}" for name, _ in part.named_parameters()}
 
 
 def _joined(names: set[str]) -> str:

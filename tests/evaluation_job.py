@@ -54,6 +54,7 @@ def make_config(posts: Path, run_dir: Path, **groups: Any) -> Config:
         ablations={"text_only": ["model.modalities=[text]"], "never_trained": ["model.modalities=[image]"]},
     )
     config.train.num_workers = 0
+    config.tracker.name = "none"
     return replace(config, **groups)
 
 
@@ -78,6 +79,7 @@ def make_run(config: Config) -> None:
         "shapes": tensor_shapes(model),
         "order": {"manifest": manifest.sha256},
         "config": as_plain(config),
+        "tracker_run_id": "tracked" if config.tracker.name == "wandb" else None,
     }
     (staging / checkpoint_folder.STATE).write_text(json.dumps(state))
     entries = {file.name: entry(file.read_bytes()) for file in staging.iterdir()}

@@ -19,6 +19,7 @@ from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.order import micro_batches
+from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint_folder import latest_checkpoint
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
@@ -113,7 +114,8 @@ def mine(ranks: Ranks, posts: list[EncodedSample], config: Config) -> list[Batch
 
 
 def classifier(config: Config) -> Classifier:
-    model = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), seed=1)
+    taxonomy = Taxonomy.from_config(config.taxonomy)
+    model = build_model(config.model, taxonomy, load_tokenizer(config.model.text), seed=1)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     return model

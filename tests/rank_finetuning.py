@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from finetuning_job import (
+    KEY_BIASES,
     STAGES,
     apart,
     config_of,
@@ -31,10 +32,21 @@ from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import ModelConfig
 from crossguard.configs.schema.encoders import LoraConfig
+from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.heads import HeadConfig
+from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.train.checkpoint import load_checkpoint, load_weights
 from crossguard.train.ema import AVERAGE
 from crossguard.train.fragments import averaged_weights
 from crossguard.train.ranks import Ranks, end_process, init_ranks
+
+# Those that are least alike in each stage; the default goes through all of them.
+FUSIONS = {
+    "late": (FusionConfig("late"), (0, 3)),
+    "gated": (FusionConfig("gated"), (1, 3)),
+    "cross": (FusionConfig("cross"), (2, 3)),
+    "bottleneck": (FusionConfig(layers=2, bottleneck=2), (2, 3)),
+}
 
 
 def modalities(ranks: Ranks, _: Path) -> dict[str, Any]:
@@ -60,6 +72,28 @@ def lacking(ranks: Ranks, model: ModelConfig, sizes: tuple[int, ...]) -> dict[st
                 }
                 # What this rank updates has moved, so that it could have gone wrong.
                 found["moved"] = min(found.get("moved", 1.0), largest_difference(loop.engine, weights[0]))
+    return found
+
+
+def fusions(ranks: Ranks, _: Path) -> dict[str, Any]:
+    """The same in every kind of fusion, under two heads of which one's policy is a part of the other's."""
+    policies = [PolicyConfig("spam"), PolicyConfig("insult", parent="spam")]
+    found = {}
+    for name, (fusion, stages) in FUSIONS.items():
+        heads = {"main": HeadConfig(["spam"]), "insults": HeadConfig(["insult"], 0 if name == "late" else 3)}
+        model = replace(model_config(), fusion=replace(fusion, width=16, heads=2), heads=heads)
+        freeze = [*KEY_BIASES, *(["fusion.*key_value.bias"] if fusion.kind == "cross" else [])]
+        configs = [config_of(stage, model, freeze=freeze) for stage in stages]
+        for config in configs:
+            config.taxonomy = replace(config.taxonomy, policies=policies)
+        weights, losses = reference(configs[0])
+        for stage, config in zip(stages, configs, strict=True):
+            with trained(config, ranks) as (loop, engine_losses):
+                found[f"{name} {stage}"] = {
+                    "losses": apart(losses, engine_losses),
+                    "weights": largest_difference(loop.engine, weights[-1]),
+                    "moved": largest_difference(loop.engine, weights[0]),
+                }
     return found
 
 
@@ -152,7 +186,7 @@ def checkpointing(ranks: Ranks, _: Path) -> dict[str, Any]:
     return found
 
 
-CASES = (modalities, media, averages, adapters, checkpointing, shared_out, offloaded)
+CASES = (modalities, media, fusions, averages, adapters, checkpointing, shared_out, offloaded)
 
 
 def main(folder: str, *names: str) -> None:

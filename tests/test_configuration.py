@@ -21,6 +21,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.keys import GROUPS, describe_fields
 from crossguard.configs.saved import as_plain, load_config, save_config
 from crossguard.configs.schema import Config
+from crossguard.configs.schema.actions import ActionConfig
 
 RECIPE = """
 defaults:
@@ -94,9 +95,17 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
     assert (config.data.options, config.data.columns) == ({"split": "train"}, {"text": "tweet"})
 
 
+def test_a_mapping_of_described_values_takes_single_fields(recipe: str) -> None:
+    fields = ["evaluation.actions.remove.precision=0.9", "evaluation.actions.remove.delta=0.2"]
+    actions = compose([recipe, "data.path=x", *fields, "evaluation.actions.hide={recall: 0.5}"]).evaluation.actions
+    assert actions == {"remove": ActionConfig(precision=0.9, delta=0.2), "hide": ActionConfig(recall=0.5)}
+    assert prepare(prepare(fields).overrides).overrides == prepare(fields).overrides
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["evaluation.actions.remove.precison=0.9"], r"unknown key 'precison'; did you mean 'precision'\?"),
         (["train.lrr=1"], r"train.lrr=1: .*did you mean 'lr'\?"),
         (["trian.lr=1"], r"trian.lr=1: .*did you mean 'train'\?"),
         (["train.lr=fast"], r"train.lr=fast: .*'fast'"),
@@ -151,6 +160,9 @@ def test_a_mapping_with_open_names_can_be_given_whole_or_by_key(recipe: str) -> 
         (["train.ema_decay=1.0"], r"train\.ema_decay=1\.0: a number in \[0, 1\)"),
         (["train.freeze=[image.encoder.layer.0.*]"], r"did you mean 'image.encoder.layers.0.\*'"),
         (["train.freeze=['*embedings*']"], r"'\*embedings\*' matches no parameter"),
+        (["train.freeze=[heads.mian.*]"], r"did you mean 'heads.main.\*'"),
+        (["train.freeze=[fusion.gates.*]"], r"'fusion.gates.\*' matches no parameter"),
+        (["model.heads={one: {policies: [spamm]}}"], r"model.heads.one.policies=spamm: did you mean 'spam'"),
         (["train.freeze=['*']"], r"'\*' freezes every parameter"),
         (["train.loss.name=own_parts_here:los"], r"module 'own_parts_here' has no 'los'; did you mean 'loss'"),
         (["train.loss.name=nowhere:loss"], r"no module 'nowhere' is importable"),
@@ -185,6 +197,8 @@ def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
     "arguments",
     [
         ["train.freeze=['text.encoder.layers.[0-3].*','*.bias','fusion.*','image.encoder.layers.1?.mlp.fc2.weight']"],
+        ["model.fusion.kind=gated", "train.freeze=[fusion.gates.weight,fusion.features.image.*,heads.main.logits.*]"],
+        ["model.heads={one: {policies: [spam], hidden: 4}}", "train.freeze=[heads.one.hidden.*]"],
         ["model.text.config.global_attn_every_n_layers=2", "model.text.config.pad_token_id=null"],
         # What a hub's encoder or one's own is called inside shows when it is there.
         ["model=pretrained", "train.freeze=['text.encoder.anything.*']"],

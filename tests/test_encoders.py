@@ -96,7 +96,7 @@ def test_a_pretrained_model_can_be_built_again_without_its_folder(pretrained: Pa
     config = pretrained_config(pretrained)
     tokenizer = load_tokenizer(config.text)
     model = build_model(config, TAXONOMY, tokenizer, 0).eval()
-    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.heads.main.logits.weight)
     described = without_pretrained(config, model)
     assert described.text.pretrained is None
     assert described.image.pretrained is None
@@ -249,7 +249,7 @@ def test_parameters_are_frozen_by_pattern() -> None:
     assert all(name in frozen for name, _ in model.named_parameters() if name.startswith("image."))
     # What is frozen still lets the rest learn.
     model.train()
-    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.heads.main.logits.weight)
     model(batch_of(*POSTS)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name in frozen), name
@@ -288,7 +288,7 @@ def test_lower_layers_learn_more_slowly(kind: str) -> None:
     below = [name for name in names if name.startswith(embeddings)]
     assert below, names
     assert {factors[name] for name in below} == {0.5**depth}
-    above = [name for name in names if name.startswith(("fusion.", "head."))]
+    above = [name for name in names if name.startswith(("fusion.", "heads."))]
     assert {factors[name] for name in above} == {1.0}
     optimizer = build_optimizer(model, TrainConfig(layer_decay=0.5))
     scales = {id(parameter): group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}

@@ -72,6 +72,14 @@ def test_ranks_and_micro_batches_may_lack_videos_and_sound(found: list[dict[str,
             assert difference["weights"] < WEIGHTS, case
 
 
+def test_ranks_may_lack_modalities_in_every_kind_of_fusion(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert len(rank["fusions"]) == 8
+        for case, difference in rank["fusions"].items():
+            assert difference["losses"] < 1e-6, case
+            assert difference["weights"] < WEIGHTS < 1e-3 < difference["moved"], case
+
+
 def test_averaged_weights(found: list[dict[str, Any]]) -> None:
     for rank in found:
         averages = rank["averages"]
@@ -191,9 +199,10 @@ def test_adapters_and_averages_through_the_whole_job(folder: Path) -> None:
     assert evaluated.scores.std() > 1e-3
     # The last weights, which nobody validated, are others.
     kept = load_file(best_or_latest(run_dir) / "fragments-00000.safetensors")
-    assert (kept["average:0:head.weight"] - kept["weight:0:head.weight"]).abs().max() > 1e-4
+    assert (kept["average:0:heads.main.logits.weight"] - kept["weight:0:heads.main.logits.weight"]).abs().max() > 1e-4
     assert torch.equal(
-        load_file(run_dir / "bundle" / "model.safetensors")["head.weight"].flatten(), kept["average:0:head.weight"]
+        load_file(run_dir / "bundle" / "model.safetensors")["heads.main.logits.weight"].flatten(),
+        kept["average:0:heads.main.logits.weight"],
     )
     with pytest.raises(UserError, match=r"train\.ema_decay: was 0\.9, is now 0\.5"):
         run_training(replace(config, train=replace(config.train, ema_decay=0.5, max_steps=7)), alone())
@@ -236,7 +245,7 @@ def test_adapters_alone_are_trained_in_a_tower() -> None:
     adapters = {name for name in trained if name.startswith(("text.", "image."))}
     assert adapters
     assert all(".lora_A." in name or ".lora_B." in name for name in adapters)
-    assert {"fusion.first", "head.weight"} <= trained
+    assert {"fusion.first", "heads.main.logits.weight"} <= trained
     # What the logits do not use gets nothing to train; of the text encoder that is the pooler.
     assert not any("pooler" in name for name in trained)
     factors = layer_factors([name for name, _ in model.named_parameters()], 0.5)

@@ -23,6 +23,8 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.recipe_files import available_recipes
 from crossguard.configs.schema import Config, DataConfig, TaxonomyConfig, TrainConfig
 from crossguard.configs.schema.cluster import ClusterConfig
+from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.heads import HeadConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.recipes.planning import as_table, plan_job
 from crossguard.train.models import build_model
@@ -75,6 +77,11 @@ MODELS = {
             },
         }
     ),
+    "cross": replace(
+        model_config(),
+        fusion=FusionConfig("cross", width=16, heads=2),
+        heads={"insults": HeadConfig(["insult"], hidden=4), "main": HeadConfig(["spam"])},
+    ),
     "convnext": model_config(image={"model_type": "convnext", "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}),
 }
 
@@ -82,7 +89,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model_that_would_be_trained(name: str) -> None:
     config = config_of(MODELS[name], freeze=["text.*embeddings*"])
-    planned = Shapes(config, 2).model
+    planned = Shapes(config).model
     built = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), 0)
     freeze(built, config.train.freeze)
     assert {name: (tuple(p.shape), p.requires_grad) for name, p in planned.named_parameters()} == {
@@ -118,7 +125,7 @@ def test_activations_and_operations_are_those_of_a_real_pass(name: str, precisio
             logits = model(batch)
         logits.sum().backward()
 
-    planned = Shapes(config, 2).trace(6)
+    planned = Shapes(config).trace(6)
     assert planned.saved == pytest.approx(sum(saved.values()), rel=0.02)
     assert planned.activations >= planned.saved
     # The fused backward pass computes scores once more: 7 products instead of 6.
@@ -126,7 +133,7 @@ def test_activations_and_operations_are_those_of_a_real_pass(name: str, precisio
 
 
 def test_another_batch_is_on_the_line_through_two() -> None:
-    shapes = Shapes(config_of(), 2)
+    shapes = Shapes(config_of())
     expected, found = shapes.trace(9), at_batch(shapes.trace(2), shapes.trace(4), 9)
     assert found.saved == pytest.approx(expected.saved, rel=0.01)
     assert found.activations == pytest.approx(expected.activations, rel=0.02)
@@ -288,7 +295,7 @@ def test_a_pretrained_encoder_s_weights_are_not_read(tmp_path: Path) -> None:
         text=replace(model.text, config={}, pretrained=str(tmp_path / "text")),
         image=replace(model.image, config={}, pretrained=str(tmp_path / "image")),
     )
-    names = {name for name, _ in Shapes(config_of(model), 2).model.named_parameters()}
+    names = {name for name, _ in Shapes(config_of(model)).model.named_parameters()}
     assert "text.encoder.embeddings.word_embeddings.weight" in names
     assert any(name.startswith("image.encoder.encoder.layers.1") for name in names)
 

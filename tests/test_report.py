@@ -10,14 +10,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import WORDS, write_posts
 from evaluation_job import ALONE, add_ablation, make_config, make_run
 
 from crossguard.configs.schema import Config, DataConfig
+from crossguard.data.loading.reader import ShardReader
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.train.evaluation.decisions import NO_LABELS
 from crossguard.train.evaluation.findings import Finding, find
 from crossguard.train.evaluation.metrics import worst_groups
+from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.report_errors import worst_errors
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import write_bundle
 
@@ -43,14 +48,14 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
-        self.tags: set[str] = set()
+        self.elements: list[str] = []
         self.addresses: list[str] = []
         self.text = ""
         self.feed(source)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
+        self.elements.append(tag)
         if tag not in VOID:
             self.open.append(tag)
         for name, value in attrs:
@@ -88,6 +93,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("report")
     config = make_config(write_posts(folder / "posts"), folder / "run")
     config.evaluation.suite = str(write_suite(folder / "suite.jsonl"))
+    config.tracker.name, config.tracker.mode = "wandb", "offline"
     make_run(config)
     add_ablation(config, "text_only", ["text"])
     lines = [{"split": "train", "step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0} for step in (1, 2, 3)]
@@ -147,9 +153,27 @@ def test_a_suite_is_scored_case_by_case_and_leaves_nothing_behind(config: Config
     assert not (run_dir / "predictions" / "cases.parquet").exists()
 
 
+def test_the_tracker_gets_the_figures_in_the_run_that_was_trained(config: Config, page: Page) -> None:
+    [files] = (Path(config.run_dir) / "wandb").glob("offline-run-*-tracked/files")
+    tables = {
+        file.name.partition("_")[0]: json.loads(file.read_text())
+        for file in (files / "media" / "table" / "report").iterdir()
+    }
+    assert set(tables) == {"policies", "calibration", "thresholds"}
+    rows = [dict(zip(tables["policies"]["columns"], row, strict=True)) for row in tables["policies"]["data"]]
+    [spam] = [row for row in rows if (row["split"], row["policy"], row["slice"]) == ("test", "spam", "all")]
+    measured = json.loads((Path(config.run_dir) / "report" / "metrics.json").read_text())
+    cell = measured["splits"]["test"]["policies"]["spam"]["all"]
+    assert (spam["n"], spam["auroc"]) == (cell["n"], pytest.approx(cell["auroc"]))
+    assert [spam["auroc low"], spam["auroc high"]] == pytest.approx(cell["intervals"]["auroc"])
+    pictures = list((files / "media" / "images" / "report").iterdir())
+    assert len(pictures) == sum(tag == "svg" for tag in page.elements)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures)
+
+
 def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> None:
     assert [address for address in page.addresses if not address.startswith("#")] == ["data:,"]
-    assert page.tags & {"script", "img", "iframe", "object", "embed"} == set()
+    assert set(page.elements) & {"script", "img", "iframe", "object", "embed"} == set()
     source = (Path(config.run_dir) / "report" / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in source
     assert not re.search(r"https?://", source)
@@ -159,6 +183,17 @@ def test_the_page_loads_nothing_and_runs_nothing(config: Config, page: Page) -> 
 def test_the_page_holds_nothing_of_what_posts_say(page: Page) -> None:
     assert [word for word in WORDS["es"] + WORDS["ar"] if len(word) > 4 and word in page.text] == []
     assert "post/" in page.text
+
+
+def test_texts_of_the_worst_errors_are_shown_where_they_are_asked_for(config: Config) -> None:
+    reader = ShardReader([ShardFolder.open(config.shards_location, config.data.cache)], "test")
+    row = int(reader.readable_rows(0)[0])
+    raw = reader.read(row)
+    predictions = Predictions(("spam",), [raw.id, "gone"], ["de", "de"], np.array([[0.9], [0.8]]), np.zeros((2, 1)))
+    [hidden], [shown] = worst_errors(predictions, None), worst_errors(predictions, reader)
+    assert [post["text"] for post in hidden["posts"]] == [None, None]
+    assert [post["text"] for post in shown["posts"]] == [raw.text, None]
+    assert raw.text
 
 
 def test_no_file_but_the_shards_repeats_what_a_post_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

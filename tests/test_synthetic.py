@@ -102,6 +102,23 @@ def test_more_posts_of_one_split_change_no_other() -> None:
     assert len(more) == len(first) + 56
 
 
+def test_label_noise_turns_training_labels_alone_by_their_id() -> None:
+    clean, noisy = posts_of(source(**SMALL)), posts_of(source(**SMALL, label_noise=0.2))
+    assert [post | {"labels": None} for post in noisy] == [post | {"labels": None} for post in clean]
+    turned: dict[str, list[bool]] = defaultdict(list)
+    for one, other in zip(clean, noisy, strict=True):
+        for policy in POLICIES:
+            before, after = one["labels"][policy], other["labels"][policy]
+            assert (before is None) == (after is None)
+            if before is not None:
+                turned[one["split"]].append(before != after)
+    share = sum(turned["train"]) / len(turned["train"])
+    assert share == pytest.approx(0.2, abs=4 * (0.16 / len(turned["train"])) ** 0.5)
+    assert not any(one for split, changes in turned.items() if split != "train" for one in changes)
+    more = {post["id"]: post["labels"] for post in posts_of(source(**{**SMALL, "train_posts": 448}, label_noise=0.2))}
+    assert all(more[post["id"]] == post["labels"] for post in noisy)
+
+
 def test_the_fingerprint_changes_with_seed_options_and_policies() -> None:
     one_policy = Taxonomy("one", "1", TAXONOMY.policies[:1])
     fingerprints = {
@@ -109,9 +126,10 @@ def test_the_fingerprint_changes_with_seed_options_and_policies() -> None:
         source(1).fingerprint(),
         source(test_posts=56).fingerprint(),
         source(unseen_posts=56).fingerprint(),
+        source(label_noise=0.05).fingerprint(),
         source(taxonomy=one_policy).fingerprint(),
     }
-    assert len(fingerprints) == 5
+    assert len(fingerprints) == 6
     assert source().fingerprint() == source().fingerprint()
 
 
@@ -216,6 +234,7 @@ def test_a_taxonomy_may_ask_for_one_of_the_policies_in_any_order() -> None:
         ({"train_post": 10}, r"train_post.*did you mean 'train_posts'"),
         ({"test_posts": -1}, r"data\.options\.test_posts=-1: must be a whole number"),
         ({"test_posts": "many"}, r"data\.options\.test_posts=many: must be a whole number"),
+        ({"label_noise": 2}, r"data\.options\.label_noise=2: must be a number from 0 to 1"),
         ({"test_posts": True}, r"data\.options\.test_posts=True: must be a whole number"),
     ],
 )

@@ -180,7 +180,7 @@ def test_operations_are_those_that_torch_counts(name: str, frozen: list[str]) ->
     config = config_of(MODELS[name], freeze=frozen)
     model = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), 0)
     freeze(model, frozen)
-    flops = PostFlops.of_model(config, 2)
+    flops = PostFlops.of_model(config)
     posts = [post for post in POSTS if post.images and post.input_ids is not None]
     assert {len(post.images) for post in posts} == {1, 3}
     counted = []
@@ -201,7 +201,7 @@ def test_operations_of_text_alone() -> None:
     batch = batch_of(POSTS[1])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
-    assert PostFlops.of_model(config, 2).of(batch) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert PostFlops.of_model(config).of(batch) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_a_gpu_is_known_by_the_name_that_torch_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,10 +237,10 @@ def test_the_peak_is_that_of_the_precision(precision: str, peak: float, monkeypa
     config = config_of(replace(MODELS["text"]), precision=precision)
     ranks = Ranks(0, 0, 1, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    compute = find_compute(config, 2, ranks)
+    compute = find_compute(config, ranks)
     assert compute is not None
     assert compute.peak == peak
     assert Work.of([batch_of(POSTS[1])], compute).kiloflops == round(compute.flops.of(batch_of(POSTS[1])) / 1e3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert find_compute(config, 2, ranks) is None
-    assert find_compute(config, 2, replace(ranks, device=CPU)) is None
+    assert find_compute(config, ranks) is None
+    assert find_compute(config, replace(ranks, device=CPU)) is None

@@ -50,7 +50,7 @@ def build(config: ModelConfig, seed: int = 1) -> Classifier:
     """A model whose head is not zero any more, so that its logits say something."""
     model = build_model(config, TAXONOMY, load_tokenizer(config.text), seed)
     torch.manual_seed(0)
-    nn.init.normal_(model.head.weight, std=0.1)
+    nn.init.normal_(model.heads.main.logits.weight, std=0.1)
     return model.eval()
 
 

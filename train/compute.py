@@ -23,7 +23,7 @@ class Compute:
     peak: float
 
 
-def find_compute(config: Config, num_policies: int, ranks: Ranks) -> Compute | None:
+def find_compute(config: Config, ranks: Ranks) -> Compute | None:
     """What is known of this job; None on CPU, and where a GPU or the model's operations are unknown.
 
     All ranks call it. Rank 0 counts the operations, since that takes some seconds.
@@ -37,7 +37,7 @@ def find_compute(config: Config, num_policies: int, ranks: Ranks) -> Compute | N
     def count() -> PostFlops | None:
         try:
             # What is computed again to save memory is no progress.
-            return PostFlops.of_model(replace(config, train=once), num_policies)
+            return PostFlops.of_model(replace(config, train=once))
         except UserError as error:  # A model that can be trained, though not planned.
             ranks.say(f"train: without mfu: {error}")
             return None

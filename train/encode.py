@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class PostEncoder:
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.video = config.video if "video" in config.modalities else None
         self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
-        self.num_policies = len(taxonomy.names)
+        self.num_policies = taxonomy.num_labels
         self.layout: Layout = {
             "pad_id": self.tokenizer.pad_id,
             "image_size": config.image.size,
@@ -83,7 +84,7 @@ class PostEncoder:
             language=raw.language,
             input_ids=np.array(list(itertools.chain(*parts)), dtype=np.int32) if parts else None,
             images=[decode_image(data, self.layout["image_size"]) for data in raw.images[: self.max_images]],
-            labels=self.taxonomy.label_vector(raw.post["labels"]),
+            labels=self._labels(raw.post),
             segments=np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
             if parts and self.fields
             else None,
@@ -94,6 +95,12 @@ class PostEncoder:
     def text_length(self, raw: RawSample) -> int:
         """Number of tokens of an encoded post; 0 without text."""
         return sum(map(len, self._parts(raw, NO_POSITION)))
+
+    def _labels(self, post: Mapping[str, Any]) -> np.ndarray:
+        labels = self.taxonomy.label_vector(post["labels"])
+        if not self.taxonomy.severities:
+            return labels
+        return np.concatenate([labels, self.taxonomy.level_vector(post["labels"], post.get("severity", {}))])
 
     def _parts(self, raw: RawSample, position: int) -> list[list[int]]:
         """The tokens of the caption and of each further field that is read; empty where nothing is written in any.
@@ -155,6 +162,6 @@ class PostEncoder:
             "max_images": self.max_images,
             "video": [self.video.frames, self.video.sampling, self.layout["frame_size"]] if self.video else None,
             "audio": [config.audio.features, config.audio.mel_bins, config.audio.max_seconds] if self.hearing else None,
-            "policies": self.taxonomy.names,
+            "policies": self.taxonomy.columns,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

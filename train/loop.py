@@ -140,7 +140,8 @@ class TrainLoop:
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
         # Counted while they are on the host.
         work = self.log.work(batches)
-        known = sum(int(known_labels(batch.labels)) for batch in batches)
+        policies = len(self.config.taxonomy.policies)
+        known = sum(int(known_labels(batch.labels[:, :policies])) for batch in batches)
         mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
         batches = [batch.to(ranks.device) for batch in batches]
 

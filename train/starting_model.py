@@ -37,7 +37,7 @@ def _build(config: Config, ranks: Ranks, encode: PostEncoder, micro_batch_size: 
     if config.zero.stage < 3 or not config.model.has_pretrained:
         return build()
     try:
-        unused = Shapes(config, encode.num_policies).unused
+        unused = Shapes(config).unused
     except UserError as error:  # Whatever else is wrong, building it says so.
         ranks.say(f"train: every rank reads the pretrained encoders whole; {error}")
         return build()

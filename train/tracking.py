@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from crossguard.configs.schema import Config
 logger = logging.getLogger(__name__)
 INIT_SECONDS = 30.0
 CLOSE_SECONDS = 120.0
+# Column -> value.
+Row = dict[str, str | float | None]
 
 
 class Tracker(Protocol):
@@ -36,6 +39,10 @@ class Tracker(Protocol):
         """Something that somebody should look at."""
         ...
 
+    def report(self, tables: Mapping[str, Sequence[Row]], pictures: Mapping[str, Mapping[str, bytes]]) -> None:
+        """What an evaluation found: tables of rows with the same columns, and PNG files by section and title."""
+        ...
+
     def close(self, *, failed: bool = False) -> None:
         """The job ends, well or not."""
         ...
@@ -51,6 +58,9 @@ class NullTracker:
         """Nothing."""
 
     def alert(self, title: str, text: str) -> None:
+        """Nothing."""
+
+    def report(self, tables: Mapping[str, Sequence[Row]], pictures: Mapping[str, Mapping[str, bytes]]) -> None:
         """Nothing."""
 
     def close(self, *, failed: bool = False) -> None:
@@ -94,6 +104,11 @@ class WandbTracker:
         if self._run is not None:
             self._try(lambda: self._run.alert(title=title, text=text, level="WARN"))
 
+    def report(self, tables: Mapping[str, Sequence[Row]], pictures: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Under `report/`, each section's pictures as one list; a later evaluation shows beside the earlier ones."""
+        if self._run is not None:
+            self._try(lambda: self._run.log(_media(tables, pictures)))
+
     def close(self, *, failed: bool = False) -> None:
         """Hand over what is left, for a while: an unreachable server must not keep a finished job alive."""
         if self._run is None:
@@ -112,6 +127,23 @@ class WandbTracker:
             self._run = None
             logger.exception("tracker failed")
             print(f"crossguard: W&B failed ({type(error).__name__}), going on {otherwise}; see logs/", file=sys.stderr)
+
+
+def _media(tables: Mapping[str, Sequence[Row]], pictures: Mapping[str, Mapping[str, bytes]]) -> dict[str, Any]:
+    import wandb
+    from PIL import Image
+
+    media: dict[str, Any] = {
+        f"report/{name}": wandb.Table(
+            columns=list(rows[0]), data=[list(row.values()) for row in rows], allow_mixed_types=True
+        )
+        for name, rows in tables.items()
+    }
+    for section, drawn in pictures.items():
+        media[f"report/{section} plots"] = [
+            wandb.Image(Image.open(io.BytesIO(png)), caption=title) for title, png in drawn.items()
+        ]
+    return media
 
 
 def mode_of(mode: str) -> str:

@@ -34,6 +34,7 @@ from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
 from crossguard.train.refusals import Refusals
 from crossguard.train.run_lock import run_lock
+from crossguard.train.severity_loss import with_severity
 from crossguard.train.starting_model import starting_model
 from crossguard.train.step_log import StepLog
 from crossguard.train.tracking import Tracker, open_tracker
@@ -96,7 +97,7 @@ def _train(
         refusals.agree()
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
-    compute = find_compute(config, inputs.encode.num_policies, ranks)
+    compute = find_compute(config, ranks)
     saver = _open_saver(config, engine)
     with (
         preemption.holding(),
@@ -112,7 +113,7 @@ def _train(
         TrainLoop(
             config,
             engine,
-            build_objective(config.train.loss),
+            with_severity(build_objective(config.train.loss), inputs.encode.taxonomy, config.train.loss),
             loader,
             state,
             last_step=last_step,

@@ -13,6 +13,7 @@ from crossguard.configs.schema.checks import at_least
 from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.configs.schema.data import DataConfig
 from crossguard.configs.schema.evaluation import EvaluationConfig, check_metric
+from crossguard.configs.schema.heads import check_heads
 from crossguard.configs.schema.launcher import LauncherConfig
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.schema.taxonomy import TaxonomyConfig
@@ -60,9 +61,10 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least("seed", self.seed, 0)
-        check_metric(
-            self.checkpoint.metric, [policy.name for policy in self.taxonomy.policies], self.evaluation.metrics
-        )
+        policies = [policy.name for policy in self.taxonomy.policies]
+        check_metric(self.checkpoint.metric, policies, self.evaluation.metrics)
+        if isinstance(self.model, ModelConfig):  # A job that only builds shards describes none.
+            check_heads(self.model.heads, policies)
         if self.train.patience and not self.evaluation.every_steps:
             raise UserError("train.patience: needs evaluation.every_steps above 0")
         if self.train.compile and self.zero.stage == 3:

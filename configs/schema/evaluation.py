@@ -68,6 +68,10 @@ class EvaluationConfig:
     false_positive_cost: float = 1.0
     # For the same curves: what missing a violation costs.
     false_negative_cost: float = 1.0
+    # Put the texts of the worst errors into the report, folded away; it then repeats what posts say, wherever it goes.
+    show_texts: bool = False
+    # Also score the test split with every choice of modalities withheld: what each adds, and what is left without it.
+    modality_subsets: bool = False
     # Simple models fitted on the same training split and shown beside: tfidf_logistic_regression.
     references: list[str] = field(default_factory=list)
 

@@ -13,7 +13,8 @@ from crossguard.configs.schema.encoders import (
     PixelEncoderConfig,
     TextEncoderConfig,
 )
-from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.fusion import LATE, FusionConfig
+from crossguard.configs.schema.heads import HeadConfig
 from crossguard.configs.schema.video import VideoEncoderConfig
 
 MODALITIES = ("text", "image", "video", "audio")
@@ -39,6 +40,9 @@ class ModelConfig:
     audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
     # How modalities are joined.
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    # Head -> its policies; by default one, `main`, decides all. A head of its own lets a policy be trained while
+    # everything else is frozen, e.g. train.freeze=["text.*", "image.*", "fusion.*", "heads.main.*"].
+    heads: dict[str, HeadConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modalities:
@@ -46,6 +50,12 @@ class ModelConfig:
         for name in self.modalities:
             one_of("model.modalities", name, MODALITIES)
         within("model.modality_dropout", self.modality_dropout, 0, 1)
+        for name, head in self.heads.items():
+            if head.hidden and self.fusion.kind == LATE:
+                raise UserError(
+                    f"model.heads.{name}.hidden={head.hidden}: model.fusion.kind=late adds up what each modality says,"
+                    " which a hidden layer would mix; leave it 0, or choose another kind"
+                )
         for name, encoder in self.encoders.items():
             if not encoder.is_named:
                 raise UserError(

@@ -42,11 +42,20 @@ class PolicyConfig:
     description: str = ""
     # The category of the EU Digital Services Act's transparency database that it is reported under.
     dsa_category: str = "OTHER_VIOLATION_TC"
+    # A policy that this one is a part of: what violates this one violates that one too, and its score is never above
+    # that one's, calibrated or not. Actions keep the promises of each policy by itself.
+    parent: str | None = None
+    # Levels of severity above 0, which is none (posts carry `severity: {POLICY: 0 … LEVELS}`); 0 is a policy without.
+    severity_levels: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise UserError(f"taxonomy.policies: name '{self.name}': use lower-case letters, digits and underscores")
         one_of(f"taxonomy.policies.{self.name}.dsa_category", self.dsa_category, DSA_CATEGORIES)
+        if self.severity_levels < 0 or self.severity_levels == 1:
+            raise UserError(
+                f"taxonomy.policies.{self.name}.severity_levels={self.severity_levels}: 2 or more, or 0 for none"
+            )
 
 
 @dataclass
@@ -70,3 +79,17 @@ class TaxonomyConfig:
                 raise UserError(f"taxonomy.policies: '{name}' is no policy: it is {what}")
         if not names:
             raise UserError("taxonomy.policies: empty; choose one with taxonomy=NAME or list policies in the recipe")
+        self._check_parents()
+
+    def _check_parents(self) -> None:
+        parents = {policy.name: policy.parent for policy in self.policies}
+        for name, parent in parents.items():
+            if parent is None:
+                continue
+            one_of(f"taxonomy.policies.{name}.parent", parent, parents)
+            above = [name]
+            while parent is not None:
+                if parent in above:
+                    raise UserError(f"taxonomy.policies.{name}.parent: {' < '.join([*above, parent])} is a circle")
+                above.append(parent)
+                parent = parents[parent]

@@ -38,12 +38,14 @@ class LossConfig:
     gamma_negative: float = 4.0
     # Probability margin below which the asymmetric loss ignores negatives.
     margin: float = 0.05
+    # What the levels of a policy's severity weigh together, where its label weighs 1.
+    severity_weight: float = 1.0
 
     def __post_init__(self) -> None:
         one_of("train.loss.name", self.name, LOSSES, or_own=True)
         within("train.loss.alpha", self.alpha, 0, 1)
         within("train.loss.margin", self.margin, 0, 1)
-        for name in ("gamma", "gamma_positive", "gamma_negative"):
+        for name in ("gamma", "gamma_positive", "gamma_negative", "severity_weight"):
             at_least(f"train.loss.{name}", getattr(self, name), 0)
 
 

@@ -163,6 +163,13 @@ class Manifest:
             parts += [f"missing in the shards: {', '.join(sorted(new))}"] if new else []
             what = "; ".join(parts) or f"another order ({', '.join(ours.names)})"
             raise UserError(f"taxonomy '{ours.name}': its policies differ from those of the shards, {what}; {remedy}")
+        for one, other in zip(ours.policies, taxonomy.policies, strict=True):
+            if (one.parent, one.severity_levels) != (other.parent, other.severity_levels):
+                raise UserError(
+                    f"taxonomy '{ours.name}': '{one.name}' has parent {one.parent or 'none'} and {one.severity_levels} "
+                    f"levels of severity in the shards, {other.parent or 'none'} and {other.severity_levels} in the "
+                    f"recipe; {remedy}"
+                )
 
 
 def version_name(sha256: str) -> str:

@@ -14,7 +14,8 @@ from crossguard.data.curation.governance import RULES
 from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import atomic_file, write_atomic
 from crossguard.data.shards.manifest import Manifest, ShardInfo
-from crossguard.data.shards.spool import POSITIVE_FROM, SpoolWriter
+from crossguard.data.shards.spool import SpoolWriter
+from crossguard.data.taxonomy import POSITIVE_FROM
 
 FILE_NAME = "plan.json"
 _ROWS = "rows.npy"

@@ -19,9 +19,9 @@ from crossguard.configs.errors import JobError
 from crossguard.data.records import Media, Post, canonical_json, epoch_seconds, post_key
 from crossguard.data.shards.files import pread
 from crossguard.data.shards.index import AUDIO, IMAGE, TEXT, VIDEO
+from crossguard.data.taxonomy import POSITIVE_FROM
 
 FILE_NAME = "spool.bin"
-POSITIVE_FROM = 0.5  # a fraction of votes counts as violating from here on
 
 
 def row_dtype(num_policies: int) -> np.dtype:

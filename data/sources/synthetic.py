@@ -30,6 +30,7 @@ from crossguard.data.sources.synthetic_texts import LANGUAGES, PHRASES, UNSEEN_L
 from crossguard.data.taxonomy import Taxonomy
 
 POLICIES = ("false_forecast", "false_offer")
+TRAIN = "train"
 UNSEEN_SPLIT = "unseen_language"
 # One quadruple in so many lacks the label of the first policy, and another one that of the second.
 UNKNOWN_EVERY = 8
@@ -40,12 +41,14 @@ GENERATOR_VERSION = 1
 
 @dataclass(frozen=True)
 class SyntheticOptions:
-    """Posts in each split (`data.options`), rounded up to whole quadruples in every language."""
+    """What `data.options` may say; posts in each split are rounded up to whole quadruples in every language."""
 
     train_posts: int = 5600
     validation_posts: int = 560
     test_posts: int = 1400
     unseen_posts: int = 400
+    # Share of the training labels that are wrong; held-out labels never are.
+    label_noise: float = 0.0
 
 
 class SyntheticSource:
@@ -77,13 +80,14 @@ class SyntheticSource:
 
     def fingerprint(self) -> str:
         """A hash of everything that decides the posts."""
-        decides = {"version": GENERATOR_VERSION, "seed": self.seed, "policies": self.policies, **asdict(self.options)}
+        options = {name: value for name, value in asdict(self.options).items() if value}
+        decides = {"version": GENERATOR_VERSION, "seed": self.seed, "policies": self.policies, **options}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def _plan(self) -> list[tuple[str, tuple[str, ...], int]]:
         options = self.options
         return [
-            ("train", LANGUAGES, options.train_posts),
+            (TRAIN, LANGUAGES, options.train_posts),
             ("validation", LANGUAGES, options.validation_posts),
             ("test", LANGUAGES, options.test_posts),
             (UNSEEN_SPLIT, (UNSEEN_LANGUAGE,), options.unseen_posts),
@@ -101,12 +105,13 @@ class SyntheticSource:
         for t in (0, 1):
             for p in (0, 1):
                 violates = [float(said != seen) for said, seen in zip(stated[t], shown[p], strict=True)]
+                id = f"{group}-{t}{p}"
                 yield {
-                    "id": f"{group}-{t}{p}",
+                    "id": id,
                     "text": texts[t],
                     "language": language,
                     "image": pictures[p],
-                    "labels": self._labels(violates, number),
+                    "labels": self._labels(violates, number, id if split == TRAIN else None),
                     "split": split,
                     "group": group,
                     "created_at": created_at.isoformat().replace("+00:00", "Z"),
@@ -116,9 +121,19 @@ class SyntheticSource:
                     "consent": True,
                 }
 
-    def _labels(self, violates: list[float], number: int) -> dict[str, float | None]:
-        """A whole quadruple loses a label, never a part of one: the balance stays exact."""
+    def _labels(self, violates: list[float], number: int, noisy_id: str | None) -> dict[str, float | None]:
+        """A whole quadruple loses a label, never a part of one: the balance stays exact.
+
+        Args:
+            violates: the truth, by policy.
+            number: of the quadruple.
+            noisy_id: of a post whose labels may be wrong; which ones are is a function of it.
+        """
         labels: dict[str, float | None] = dict(zip(POLICIES, violates, strict=True))
+        if noisy_id is not None and self.options.label_noise:
+            for policy, label in zip(POLICIES, violates, strict=True):
+                wrong = random.Random(f"{noisy_id}/{policy}").random() < self.options.label_noise
+                labels[policy] = 1 - label if wrong else label
         turn = UNKNOWN_EVERY - 1 - number % UNKNOWN_EVERY
         if turn < len(POLICIES):
             labels[POLICIES[turn]] = None
@@ -133,6 +148,9 @@ def _opposites(rng: random.Random) -> tuple[tuple[int, int], tuple[int, int]]:
 def _read_options(config: DataConfig) -> SyntheticOptions:
     check_settings(config, options=tuple(option.name for option in fields(SyntheticOptions)))
     for name, value in config.options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if name == "label_noise":
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise UserError(f"data.options.label_noise={value}: must be a number from 0 to 1")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise UserError(f"data.options.{name}={value}: must be a whole number, 0 or more")
     return SyntheticOptions(**config.options)

@@ -6,6 +6,7 @@ import os
 import sys
 
 import checkpoint
+import fusions
 import lengths
 import loading
 import memory
@@ -19,6 +20,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("WANDB_MODE", "offline")
-    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths)
+    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths, fusions)
     reached = [benchmark.main() for benchmark in everything]
     sys.exit(not all(reached))

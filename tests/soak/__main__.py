@@ -1,4 +1,5 @@
-"""`make soak`: what the tests try briefly, tried at length: training that is killed and stopped at random moments."""
+"""`make soak`: what the tests try briefly, tried at length: training that is killed, stopped and resumed at random
+moments."""
 
 from __future__ import annotations
 
@@ -13,9 +14,14 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"}
 
 from rank_training import write_shards
-from soak import kills, stops
+from soak import kills, resumes, stops
 
-FORMS = {"changing": kills.changing, "same": kills.same, "stops": stops.stop_often}
+FORMS = {
+    "changing": kills.changing,
+    "same": kills.same,
+    "stops": stops.stop_often,
+    "resumes": resumes.resumes,
+}
 
 
 def main() -> None:
@@ -25,6 +31,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; by default a new folder, which is named on failure")
     parser.add_argument("--kills", type=int, default=50, help="in each of changing and same")
     parser.add_argument("--stops", type=int, default=10, help="in each of training, evaluation and saving")
+    parser.add_argument("--resumes", type=int, default=1000, help="of the sample order, with nothing trained")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of the random moments")
     asked = parser.parse_args()
     folder: Path = (asked.folder or Path(tempfile.mkdtemp(prefix="soak-"))).resolve()
@@ -32,7 +39,8 @@ def main() -> None:
     write_shards(folder)
     for name in asked.forms:
         began = time.monotonic()
-        FORMS[name](folder, asked.stops if name == "stops" else asked.kills, random.Random(f"{asked.seed} {name}"))
+        count = {"stops": asked.stops, "resumes": asked.resumes}.get(name, asked.kills)
+        FORMS[name](folder, count, random.Random(f"{asked.seed} {name}"))
         print(f"soak: {name}: well, in {time.monotonic() - began:.0f} s", flush=True)
 
 

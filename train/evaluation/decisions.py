@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from crossguard.configs.schema import EvaluationConfig
 from crossguard.configs.schema.actions import ALLOW, ActionConfig
+from crossguard.data.taxonomy import hold_parents
 from crossguard.train.evaluation.calibration import Calibrator, fit_calibrator
 from crossguard.train.evaluation.metrics import Known
 from crossguard.train.evaluation.predictions import Predictions
@@ -30,15 +31,17 @@ class Decisions:
     thresholds: dict[str, dict[str, dict[str, Threshold]]]
     # Action -> what it promises, in words.
     promises: dict[str, str]
+    # (child, parent) of policies, every parent before its own children.
+    parents: list[tuple[str, str]] = field(default_factory=list)
 
     def calibrated(self, predictions: Predictions) -> np.ndarray:
-        """float64[posts, policies]: probabilities; scores where there is no calibrator."""
+        """float64[posts, policies]: probabilities, each at most its parent's; scores where there is no calibrator."""
         languages = np.array(predictions.languages, dtype=object)
         found = predictions.scores.copy()
         for column, policy in enumerate(predictions.policies):
             if policy in self.calibrators:
                 found[:, column] = self.calibrators[policy](predictions.scores[:, column], languages)
-        return found
+        return hold_parents(found, predictions.policies, self.parents)
 
     def actions(self, predictions: Predictions) -> np.ndarray:
         """object[posts, policies]: the first action whose threshold the score passes, else `allow`.
@@ -63,6 +66,7 @@ class Decisions:
         """Plain JSON values."""
         return {
             "promises": self.promises,
+            "parents": [list(pair) for pair in self.parents],
             "calibration": {policy: calibrator.to_json() for policy, calibrator in self.calibrators.items()},
             "thresholds": {
                 policy: {
@@ -86,10 +90,16 @@ class Decisions:
                 for policy, languages in value["thresholds"].items()
             },
             dict(value["promises"]),
+            [(child, parent) for child, parent in value.get("parents", [])],
         )
 
 
-def fit_decisions(validation: Predictions, config: EvaluationConfig, shifts: Shifts) -> Decisions:
+def fit_decisions(
+    validation: Predictions,
+    config: EvaluationConfig,
+    shifts: Shifts,
+    parents: Sequence[tuple[str, str]] = (),
+) -> Decisions:
     """Fit calibrators and thresholds on a split that no training has seen.
 
     A policy with fewer positives or negatives than `min_positives` gets no calibrator; an action that the labels of a
@@ -109,7 +119,7 @@ def fit_decisions(validation: Predictions, config: EvaluationConfig, shifts: Shi
             language: _thresholds(known, known.languages == language, targets, calibrators.get(policy))
             for language in sorted(set(validation.languages))
         }
-    return Decisions(calibrators, thresholds, {name: action.promise for name, action in targets.items()})
+    return Decisions(calibrators, thresholds, {name: action.promise for name, action in targets.items()}, list(parents))
 
 
 def _thresholds(

@@ -10,6 +10,7 @@ from typing import Any
 from crossguard.configs.schema import Config
 from crossguard.train.evaluation.compare import in_words as worse_in_words
 from crossguard.train.evaluation.decisions import NO_LABELS
+from crossguard.train.evaluation.splits import shown_split
 
 # Differences of average precision or AUROC below this are called level.
 LEVEL = 0.01
@@ -29,7 +30,7 @@ class Finding:
 
 def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) -> list[Finding]:
     """What a reader must know before the tables."""
-    split = primary_split(metrics)
+    split = shown_split(metrics["splits"])
     found = [_headline(metrics, split)]
     if "macro" in metrics["splits"][split]:
         found += _against_references(metrics, split) + _against_ablations(metrics, split)
@@ -47,11 +48,6 @@ def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) 
             )
         )
     return found
-
-
-def primary_split(metrics: Mapping[str, Any]) -> str:
-    """The split that the summary speaks of: test, else the first."""
-    return "test" if "test" in metrics["splits"] else next(iter(metrics["splits"]))
 
 
 def in_words(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
 from crossguard.train.evaluation.metrics import evaluate_predictions
+from crossguard.train.evaluation.plots import Panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.routing import measure_routing
 from crossguard.train.evaluation.sampling_prior import Shifts, sampling_shifts
-from crossguard.train.evaluation.splits import TRAIN, VALIDATION
+from crossguard.train.evaluation.splits import TRAIN, VALIDATION, shown_split
 from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
 # What the run's own model is called beside its ablations and references.
@@ -55,7 +56,8 @@ def measure(
     scored: dict[str, Scored],
     ablations: list[str],
     suite: list[Predictions],
-) -> None:
+    subsets: Mapping[tuple[str, ...], Predictions],
+) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
     Args:
@@ -66,6 +68,10 @@ def measure(
         scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
         ablations: their names.
         suite: predictions on the functional suite, if there is one.
+        subsets: modalities -> predictions from them alone on the split that is shown first, if they were asked for.
+
+    Returns:
+        The content of metrics.json, and the report's plots by section.
     """
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
@@ -75,6 +81,8 @@ def measure(
         validation = scored[MODEL].get(VALIDATION)
         thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
         metrics["suite"] = measure_suite(suite, Path(str(config.evaluation.suite)).name, thresholds)
+    if subsets:
+        metrics["modality_subsets"] = _subsets(config, scored[MODEL], subsets)
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
     if references:
@@ -87,7 +95,9 @@ def measure(
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
     card = dataset_card(config, posts.folder.manifest, metrics)
     write_atomic(file.with_name("dataset_card.md"), card.encode())
-    write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references))
+    return metrics, write_report(
+        run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references, posts.readers)
+    )
 
 
 def _figures(
@@ -119,7 +129,7 @@ def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
     if config.evaluation.calibration != "none" and posts.folder.manifest.shards_of(TRAIN):
         folders = open_folders(config) if config.data.mixing.datasets else {OWN: posts.folder}
         shifts = sampling_shifts(folders, config.data.mixing, posts.folder.manifest.rarity, scored[VALIDATION])
-    return fit_decisions(scored[VALIDATION], config.evaluation, shifts)
+    return fit_decisions(scored[VALIDATION], config.evaluation, shifts, posts.taxonomy.parents)
 
 
 def _measure_decisions(splits: dict[str, dict[str, Any]], scored: Scored, decisions: Decisions, config: Config) -> None:
@@ -145,8 +155,20 @@ def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bo
     }
 
 
+def _subsets(config: Config, scored: Scored, subsets: Mapping[tuple[str, ...], Predictions]) -> dict[str, Any]:
+    """The same posts from some of their modalities: the fewest first, all of them last."""
+    split = shown_split(scored)
+    measured = []
+    for modalities, predictions in {**subsets, tuple(config.model.modalities): scored[split]}.items():
+        found = evaluate_predictions(predictions, replace(config.evaluation, slices=[]), in_detail=True)
+        policies = {policy: {"all": result["all"]} for policy, result in found["policies"].items()}
+        macro = {"macro": found["macro"]} if "macro" in found else {}
+        measured.append({"modalities": list(modalities), "policies": policies, **macro})
+    return {"split": split, "subsets": measured}
+
+
 def _beside(scored: Scored, config: Config) -> dict[str, Any]:
     """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
     splits = _metrics(scored, config)
-    shown = splits.get("test") or next(iter(splits.values()))
+    shown = splits[shown_split(splits)]
     return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}

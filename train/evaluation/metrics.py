@@ -16,15 +16,16 @@ import numpy as np
 from crossguard.configs.errors import UserError
 from crossguard.configs.own_parts import load_own, naming
 from crossguard.configs.schema.evaluation import COUNTS, METRICS, EvaluationConfig
+from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.false_positives import false_positive_gaps
 from crossguard.train.evaluation.intervals import ranking_intervals
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.severity import measure_severity
 from crossguard.train.evaluation.slices import JOIN, LANGUAGE, groups_of
 
 # Called with binary labels int64 [n] and scores float64 [n].
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
-POSITIVE_FROM = 0.5
 TARGET_PRECISION = 0.9
 
 
@@ -69,8 +70,9 @@ def evaluate_predictions(
     Returns:
         `{"policies": {policy: {"all": cell, "by_language": {language: cell}}}, "macro": means, "macro_policy_language":
         means}`, where a cell is `{"n", "positives", metric: value, …}` or `{"n", "positives", "insufficient": True}`.
-        A mean over nothing is absent. In detail, cells have "intervals" ({metric: [low, high]}), policies "by_slice"
-        ({slice: {group: cell}}) and "false_positive_gap", and beside the means stands "worst" ({metric: its group}).
+        A mean over nothing is absent. Policies with a severity have "severity" (`measure_severity`). In detail, cells
+        have "intervals" ({metric: [low, high]}), policies "by_slice" ({slice: {group: cell}}) and "false_positive_gap",
+        and beside the means stands "worst" ({metric: its group}).
 
     Raises:
         UserError: a metric of the user's own cannot be loaded or gave something else than a finite number.
@@ -87,14 +89,10 @@ def evaluate_predictions(
             "all": cell(np.ones(len(known.labels), dtype=bool)),
             "by_language": _by_group(known.languages, cell),
         }
+        if policy in predictions.severity:
+            policies[policy]["severity"] = measure_severity(predictions, policy, config.min_positives)
         if in_detail:
-            by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
-            simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
-            gaps = false_positive_gaps(
-                known.labels, known.scores, {LANGUAGE: known.languages, **simple}, config.min_positives
-            )
-            found = {"by_slice": by_slice, "false_positive_gap": gaps}
-            policies[policy] |= {name: value for name, value in found.items() if value}
+            policies[policy] |= _detail(known, cell, config.min_positives)
     result: dict[str, Any] = {"policies": policies}
     means = {
         "macro": mean_of_cells(policy["all"] for policy in policies.values()),
@@ -105,6 +103,14 @@ def evaluate_predictions(
     if in_detail:
         means["worst"] = worst_groups(policies)
     return result | {name: mean for name, mean in means.items() if mean}
+
+
+def _detail(known: Known, cell: Callable[[np.ndarray], dict[str, Any]], min_positives: int) -> dict[str, Any]:
+    """Slices, and gaps of false positives between their groups, of one policy."""
+    by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
+    simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
+    gaps = false_positive_gaps(known.labels, known.scores, {LANGUAGE: known.languages, **simple}, min_positives)
+    return {name: value for name, value in (("by_slice", by_slice), ("false_positive_gap", gaps)) if value}
 
 
 def groups_in(policy: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

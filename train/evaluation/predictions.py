@@ -14,7 +14,7 @@ from crossguard.configs.errors import UserError
 from crossguard.data.shards.files import write_atomic
 from crossguard.train.evaluation.slices import NONE
 
-SCORE, LABEL, SLICE = "score.", "label.", "slice."
+SCORE, LABEL, SLICE, SEVERITY, SEVERITY_LABEL = "score.", "label.", "slice.", "severity.", "severity_label."
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Predictions:
     labels: np.ndarray
     # Fields of the posts that slices are made of: name -> object[posts].
     fields: dict[str, np.ndarray] = field(default_factory=dict)
+    # Policies with a severity -> float64[posts, 2]: the level to be expected, and the one given; NaN where nobody did.
+    severity: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,8 +45,12 @@ class Predictions:
         languages = np.array([language for part in parts for language in part.languages], dtype=object)
         scores = np.concatenate([np.zeros((0, width)), *(part.scores for part in parts)])
         labels = np.concatenate([np.zeros((0, width), np.float32), *(part.labels for part in parts)])
+        levels = {policy: np.concatenate([part.severity[policy] for part in parts]) for policy in _severities(parts)}
         _, rows = np.unique(ids, return_index=True)
-        return cls(tuple(policies), list(ids[rows]), list(languages[rows]), scores[rows], labels[rows])
+        severity = {policy: values[rows] for policy, values in levels.items()}
+        return cls(
+            tuple(policies), list(ids[rows]), list(languages[rows]), scores[rows], labels[rows], severity=severity
+        )
 
     def take(self, rows: Sequence[int]) -> Predictions:
         """Some of the posts, in this order."""
@@ -56,6 +62,7 @@ class Predictions:
             self.scores[chosen],
             self.labels[chosen],
             {name: values[chosen] for name, values in self.fields.items()},
+            {policy: values[chosen] for policy, values in self.severity.items()},
         )
 
     def with_fields(self, fields: Mapping[str, Mapping[str, str]]) -> Predictions:
@@ -75,6 +82,9 @@ class Predictions:
             columns[SCORE + policy] = pa.array(self.scores[:, column], pa.float64())
         for column, policy in enumerate(self.policies):
             columns[LABEL + policy] = pa.array(self.labels[:, column], pa.float32(), from_pandas=True)
+        for policy, values in self.severity.items():
+            columns[SEVERITY + policy] = pa.array(values[:, 0], pa.float64())
+            columns[SEVERITY_LABEL + policy] = pa.array(values[:, 1], pa.float64(), from_pandas=True)
         for name, values in self.fields.items():
             columns[SLICE + name] = pa.array(list(values), pa.string())
         columns |= further or {}
@@ -96,6 +106,11 @@ class Predictions:
             scores = [table[SCORE + policy].to_numpy() for policy in policies]
             labels = [table[LABEL + policy].to_numpy(zero_copy_only=False) for policy in policies]
             ids, languages = table["id"].to_pylist(), table["language"].to_pylist()
+            severity = {
+                policy: np.stack([_floats(table[SEVERITY + policy]), _floats(table[SEVERITY_LABEL + policy])], axis=1)
+                for name in table.column_names
+                if (policy := name.removeprefix(SEVERITY)) != name
+            }
             fields = {
                 name.removeprefix(SLICE): np.array(table[name].to_pylist(), dtype=object)
                 for name in table.column_names
@@ -111,4 +126,14 @@ class Predictions:
             np.array(scores, dtype=np.float64).T.reshape(shape),
             np.array(labels, dtype=np.float32).T.reshape(shape),
             fields,
+            severity,
         )
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """float64[posts]; NaN where there is nothing."""
+    return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def _severities(parts: list[Predictions]) -> list[str]:
+    return list(parts[0].severity) if parts else []

@@ -14,8 +14,7 @@ import numpy as np
 
 from crossguard.configs.progress import progress
 from crossguard.data.loading.reader import SampleError, ShardReader
-from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.data.taxonomy import POSITIVE_FROM, Taxonomy
 from crossguard.train.evaluation.predictions import Predictions
 
 # Rows of a split are in the order of a hash of their ids, so the first of them are a fair sample.

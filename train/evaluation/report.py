@@ -1,6 +1,7 @@
 """report/report.html: one self-contained page, from what was measured and nothing else.
 
-The page loads nothing: styles and plots are inline, there is no script. Posts appear as counts, never as text or media.
+The page loads nothing: styles and plots are inline, there is no script. Posts appear as counts and ids, never as media,
+and as text only where `evaluation.show_texts` asks for it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any
 
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.evaluation import COUNTS
+from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
-from crossguard.train.evaluation.findings import find, in_words, primary_split
-from crossguard.train.evaluation.plots import Line, curve_panels, history_panel
+from crossguard.train.evaluation.findings import find, in_words
+from crossguard.train.evaluation.plots import Line, Panel, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
 from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
 from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
+from crossguard.train.evaluation.splits import shown_split
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRIC_NAMES = {
@@ -47,10 +50,16 @@ class Evaluated:
     metrics: Mapping[str, Any]
     # name -> split -> predictions; the run's own model first, then ablations and references.
     predictions: Mapping[str, Mapping[str, Predictions]]
+    # The splits themselves.
+    readers: Mapping[str, ShardReader]
 
 
-def write_report(run_dir: Path, evaluated: Evaluated) -> Path:
-    """Write report/report.html, complete or not at all."""
+def write_report(run_dir: Path, evaluated: Evaluated) -> dict[str, list[Panel]]:
+    """Write report/report.html, complete or not at all.
+
+    Returns:
+        The plots of the page, by section.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -61,17 +70,28 @@ def write_report(run_dir: Path, evaluated: Evaluated) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"words": in_words, "number": _number, "interval": _interval, "svg": Markup}
-    page = environment.get_template("report.html.j2").render(_content(run_dir, evaluated))
+    environment.filters |= {
+        "words": in_words,
+        "number": _number,
+        "interval": _interval,
+        "svg": lambda panel: Markup(panel.svg()),
+    }
+    content = _content(run_dir, evaluated)
+    page = environment.get_template("report.html.j2").render(content)
     path = run_dir / "report" / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())
-    return path
+    return {
+        "training": content["history"],
+        "curves": content["curves"],
+        "calibration": content["reliability"],
+        "routing": [*content["review"], *content["cascade"]],
+    }
 
 
 def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
     metrics, manifest = evaluated.metrics, evaluated.manifest
-    split = primary_split(metrics)
+    split = shown_split(metrics["splits"])
     train_languages = {
         name.rpartition("/")[0]
         for shard in manifest.shards_of("train")
@@ -91,6 +111,8 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "tables": {
             name: _policy_rows(evaluated.config, measured, names) for name, measured in _ordered(metrics, split)
         },
+        "subsets": metrics.get("modality_subsets", {}).get("subsets", []),
+        "severities": _severities(metrics["splits"][split]),
         "heat_maps": {name: heat_map(measured, "language") for name, measured in _ordered(metrics, split)},
         "slices": slice_maps(metrics["splits"][split]),
         "gaps": gap_rows(metrics["splits"][split]),
@@ -100,7 +122,10 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "review": review_panels(metrics["splits"][split]),
         "cascade": cascade_panels(metrics["splits"][split]),
         "suites": suite_tables(metrics),
-        "errors": worst_errors(next(iter(evaluated.predictions.values()))[split]),
+        "errors": worst_errors(
+            next(iter(evaluated.predictions.values()))[split],
+            evaluated.readers[split] if evaluated.config.evaluation.show_texts else None,
+        ),
         "train_languages": train_languages,
         "curves": _curve_panels(evaluated, split),
         "manifest": manifest,
@@ -144,7 +169,17 @@ def _policy_rows(config: Config, measured: Mapping[str, Any], names: Mapping[str
     ]
 
 
-def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
+def _severities(measured: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(policy, language, cell), all languages first."""
+    return [
+        (policy, language, cell)
+        for policy, result in measured["policies"].items()
+        if "severity" in result
+        for language, cell in {"all languages": result["severity"]["all"], **result["severity"]["by_language"]}.items()
+    ]
+
+
+def _curve_panels(evaluated: Evaluated, split: str) -> list[Panel]:
     models = {name: splits[split] for name, splits in evaluated.predictions.items() if split in splits}
     models = {in_words(name): predictions for name, predictions in models.items()}
     measured = evaluated.metrics["splits"][split]["policies"]
@@ -152,7 +187,7 @@ def _curve_panels(evaluated: Evaluated, split: str) -> list[str]:
     return [panel for policy in policies for panel in curve_panels(models, policy)]
 
 
-def _history(run_dir: Path, evaluated_step: int) -> list[str]:
+def _history(run_dir: Path, evaluated_step: int) -> list[Panel]:
     """Panels of what metrics.jsonl logged over the steps."""
     path = run_dir / "metrics.jsonl"
     written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []

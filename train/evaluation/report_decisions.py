@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from crossguard.train.evaluation.decisions import NO_LABELS
-from crossguard.train.evaluation.plots import reliability_panel
+from crossguard.train.evaluation.plots import Panel, reliability_panel
 from crossguard.train.evaluation.slices import LANGUAGE
 
 
-def diagrams(measured: Mapping[str, Any]) -> list[str]:
+def diagrams(measured: Mapping[str, Any]) -> list[Panel]:
     """A reliability diagram for each policy with enough labels."""
     return [
         reliability_panel(policy, result["all"]["diagram"])

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.train.evaluation.metrics import POSITIVE_FROM
-from crossguard.train.evaluation.plots import share_panel
+from crossguard.train.evaluation.plots import Panel, share_panel
 from crossguard.train.evaluation.predictions import Predictions
 
 # Posts that are named, for each policy and kind of mistake.
 MOST_ERRORS = 10
 
 
-def worst_errors(predictions: Predictions) -> list[dict[str, Any]]:
-    """For each policy the benign posts with the highest scores and the violating ones with the lowest, by id alone."""
+def worst_errors(predictions: Predictions, reader: ShardReader | None) -> list[dict[str, Any]]:
+    """For each policy the benign posts with the highest scores and the violating ones with the lowest.
+
+    Args:
+        predictions: of a split.
+        reader: the split, to show the posts' texts as well; without it they are shown by id alone.
+    """
     found = []
     for column, policy in enumerate(predictions.policies):
         scores, labels = predictions.scores[:, column], predictions.labels[:, column]
@@ -25,13 +32,29 @@ def worst_errors(predictions: Predictions) -> list[dict[str, Any]]:
         for kind, rows, sign in (("benign", known & ~violating, -1), ("violating", violating, 1)):
             candidates = np.flatnonzero(rows)
             order = candidates[np.argsort(sign * scores[candidates], kind="stable")][:MOST_ERRORS]
-            posts = [(predictions.ids[row], predictions.languages[row], float(scores[row])) for row in order]
+            posts = [
+                {
+                    "id": (post := predictions.ids[row]),
+                    "language": predictions.languages[row],
+                    "score": float(scores[row]),
+                    "text": None if reader is None else _text(reader, post),
+                }
+                for row in order
+            ]
             if posts:
                 found.append({"policy": policy, "kind": kind, "posts": posts})
     return found
 
 
-def review_panels(measured: Mapping[str, Any]) -> list[str]:
+def _text(reader: ShardReader, post: str) -> str | None:
+    """What a post says; None where it cannot be read any more."""
+    row = reader.row_of(post)
+    with suppress(SampleError):
+        return None if row is None else reader.read_head(row).text
+    return None
+
+
+def review_panels(measured: Mapping[str, Any]) -> list[Panel]:
     """Recall of the whole system over the share that people see; a straight line is a choice by chance."""
     panels = []
     for policy, routing in measured.get("routing", {}).items():
@@ -43,7 +66,7 @@ def review_panels(measured: Mapping[str, Any]) -> list[str]:
     return panels
 
 
-def cascade_panels(measured: Mapping[str, Any]) -> list[str]:
+def cascade_panels(measured: Mapping[str, Any]) -> list[Panel]:
     """Average precision of a cascade over the share that the costly model sees."""
     return [
         share_panel(

@@ -16,7 +16,7 @@ from crossguard.configs.schema.taxonomy import BENIGN
 from crossguard.data.loading.order import group_shares
 from crossguard.data.loading.strata import Layout
 from crossguard.data.shards.folder import ShardFolder
-from crossguard.train.evaluation.metrics import POSITIVE_FROM
+from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.predictions import Predictions
 
 TRAIN = "train"

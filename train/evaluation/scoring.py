@@ -21,6 +21,7 @@ from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.loader import EvalLoader
 from crossguard.data.loading.reader import ShardReader
+from crossguard.data.taxonomy import Taxonomy, hold_parents
 from crossguard.train import phases, preemption
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.predictions import Predictions
@@ -42,7 +43,7 @@ def score_split(
     """The model's predictions on `rows` of a split, gathered on every rank; all ranks call it.
 
     Args:
-        model: called with a `Batch`, gives logits float[B, P]; left in evaluation mode.
+        model: called with a `Batch`, gives logits float[B, L], those of the policies first; left in evaluation mode.
         encode: the model's own.
         reader: the split.
         rows: int[…], the same on every rank; each is scored once.
@@ -85,7 +86,7 @@ def _score_next(model: nn.Module, encode: PostEncoder, batches: Iterator[Batch],
     exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     with torch.no_grad(), exact:
         logits = model((batch or _filler(encode)).to(ranks.device))
-    return [] if batch is None else [_predictions(encode.taxonomy.names, batch, logits)]
+    return [] if batch is None else [_predictions(encode.taxonomy, batch, logits)]
 
 
 def _check_not_preempted(asked: bool) -> None:
@@ -119,9 +120,17 @@ def _check_finite(predictions: Predictions, split: str) -> None:
         )
 
 
-def _predictions(policies: tuple[str, ...], batch: Batch, logits: torch.Tensor) -> Predictions:
-    scores = torch.sigmoid(logits.double()).cpu().numpy()
-    return Predictions(policies, batch.ids, batch.languages, scores, batch.labels.cpu().numpy())
+def _predictions(taxonomy: Taxonomy, batch: Batch, logits: torch.Tensor) -> Predictions:
+    chances, labels = torch.sigmoid(logits.double()).cpu().numpy(), batch.labels.cpu().numpy()
+    policies = slice(len(taxonomy.names))
+    # The levels' probabilities add up to the level that is to be expected.
+    severity = {
+        policy: np.stack([chances[:, levels].sum(1), labels[:, levels].sum(1)], axis=1)
+        for policy, levels in taxonomy.severities.items()
+    }
+    # Logits are in order already; of nearly equal ones the sigmoid may round either way.
+    scores = hold_parents(chances[:, policies], taxonomy.names, taxonomy.parents)
+    return Predictions(taxonomy.names, batch.ids, batch.languages, scores, labels[:, policies], severity=severity)
 
 
 def _filler(encode: PostEncoder) -> Batch:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.shards.manifest import Manifest
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 def evaluated_splits(config: Config, manifest: Manifest) -> list[str]:
@@ -27,6 +29,12 @@ def evaluated_splits(config: Config, manifest: Manifest) -> list[str]:
     if not splits:
         raise UserError(f"the shards have no split but '{TRAIN}', nothing to evaluate; see build.splits")
     return splits
+
+
+def shown_split(splits: Iterable[str]) -> str:
+    """The split that a report speaks of first: test, else the first of them."""
+    names = list(splits)
+    return TEST if TEST in names else names[0]
 
 
 def check_trained_splits(config: Config, manifest: Manifest) -> None:

@@ -26,12 +26,16 @@ from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
-from crossguard.train.evaluation.splits import evaluated_splits
+from crossguard.train.evaluation.splits import evaluated_splits, shown_split
 from crossguard.train.evaluation.suite import FIELDS, suite_readers
+from crossguard.train.evaluation.tracked import track_report
 from crossguard.train.inputs import warn_of_lost
 from crossguard.train.metrics_log import LineLog
+from crossguard.train.models import Classifier
+from crossguard.train.models.withheld import Withheld
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
+from crossguard.train.tracking import open_tracker
 from crossguard.train.trained import load_trained
 
 # id -> field -> value.
@@ -39,7 +43,8 @@ Fields = dict[str, dict[str, str]]
 
 
 def run_evaluation(config: Config, ranks: Ranks) -> None:
-    """Write predictions/, report/metrics.json and report/report.html of a trained run; all ranks call it.
+    """Write predictions/, report/metrics.json and report/report.html of a trained run, and tell its tracker; all ranks
+    call it.
 
     Scores are computed in fp32 from the best checkpoint's weights, also those of each ablation in `ablations/`.
 
@@ -59,6 +64,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             model = Scorer.load(run_dir, checkpoint, config.model, config, posts, ranks)
             suite = [model.score_suite(reader) for reader in cases]
             scored = {MODEL: model.score(posts, fields)}
+            subsets = model.score_subsets(posts) if config.evaluation.modality_subsets else {}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
@@ -68,7 +74,10 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             scored[folder.name] = ablated.score(posts, fields)
         if ranks.is_first:
             names = [folder.name for folder in ablations]
-            measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite)
+            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite, subsets)
+            tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
+            track_report(tracker, *found)
+            tracker.close()
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
@@ -99,7 +108,7 @@ class Scorer:
     """A trained model that scores posts on all ranks."""
 
     run_dir: Path
-    model: nn.Module
+    model: Classifier
     encode: PostEncoder
     config: Config
     ranks: Ranks
@@ -133,9 +142,28 @@ class Scorer:
         self._name(refused)
         return predictions.with_fields(read_fields(reader, rows, FIELDS))
 
-    def _score(self, reader: ShardReader, rows: np.ndarray, what: str, refused: list[dict[str, Any]]) -> Predictions:
+    def score_subsets(self, posts: Posts) -> dict[tuple[str, ...], Predictions]:
+        """Predictions on the test split (or the first) from every choice of the modalities but all of them."""
+        split, every = shown_split(posts.splits), self.model.modalities
+        kept = [names for count in range(1, len(every)) for names in itertools.combinations(every, count)]
+        refused: list[dict[str, Any]] = []  # Named already.
+        scored = {}
+        for names in kept:
+            withheld = Withheld(self.model, set(every) - set(names))
+            what = f"{split}, {' + '.join(names)} alone"
+            scored[names] = self._score(posts.readers[split], posts.rows[split], what, refused, withheld)
+        return scored
+
+    def _score(
+        self,
+        reader: ShardReader,
+        rows: np.ndarray,
+        what: str,
+        refused: list[dict[str, Any]],
+        model: nn.Module | None = None,
+    ) -> Predictions:
         return score_split(
-            self.model,
+            model or self.model,
             self.encode,
             reader,
             rows,

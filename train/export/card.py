@@ -46,8 +46,9 @@ def model_card(config: Config, run_dir: Path, step: int) -> str:
             "|---|---|---|---|---|",
         ]
         lines += [_row(policy, result["all"]) for policy, result in of_split["policies"].items()]
+        lines += _severities(of_split)
         lines += ["", *_worst(of_split), _without_figures(of_split), ""]
-    lines += _threshold_lines(decisions)
+    lines += _subset_lines(metrics) + _threshold_lines(decisions)
     for kind in ("ablations", "references"):
         for name, other in metrics.get(kind, {}).items():
             macro = other.get("macro", {})
@@ -84,6 +85,35 @@ def _row(policy: str, cell: dict[str, Any]) -> str:
     if "insufficient" in cell:
         return f"| {policy} | insufficient data | | {counts}"
     return f"| {policy} | {cell['average_precision']:.3f} | {cell['auroc']:.3f} | {counts}"
+
+
+def _severities(measured: dict[str, Any]) -> list[str]:
+    """A sentence for each policy with a severity that could be measured."""
+    severities = {policy: result.get("severity") for policy, result in measured["policies"].items()}
+    lines = [
+        f"Severity of {policy}: quadratic weighted kappa {cell['quadratic_kappa']:.3f}, mean absolute error "
+        f"{cell['mean_absolute_error']:.2f} levels, over {cell['n']} posts."
+        for policy, severity in severities.items()
+        if severity and "insufficient" not in (cell := severity["all"])
+    ]
+    return ["", *lines] if lines else []
+
+
+def _subset_lines(metrics: dict[str, Any]) -> list[str]:
+    """What is left of the model where posts lack some modalities."""
+    if "modality_subsets" not in metrics:
+        return []
+    measured = metrics["modality_subsets"]
+    lines = [
+        f"### With modalities withheld, split {measured['split']}",
+        "",
+        "| modalities | macro AUROC |",
+        "|---|---|",
+    ]
+    for row in measured["subsets"]:
+        value = f"{row['macro']['auroc']:.3f}" if "macro" in row else "insufficient data"
+        lines.append(f"| {' + '.join(row['modalities'])} | {value} |")
+    return [*lines, ""]
 
 
 def _worst(measured: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ _WORKSPACE = ".predict-"
 
 def predict(bundle_dir: Path, data: DataConfig, output: Path, batch_size: int) -> str:
     """Score posts and write a table with columns id, language, score.<policy>, label.<policy>, calibrated.<policy> (the
-    probability of a violation) and action.<policy> (null where the bundle has no threshold for the language).
+    probability of a violation), action.<policy> (null where the bundle has no threshold for the language), and, for
+    policies with a severity, severity.<policy> (the level to be expected) and severity_label.<policy>.
 
     Posts go through the checks of a build (wrong lines, consent, expiry, restricted classes, damaged media) and the
     same reading as in training, by way of temporary shards beside `output`; labels may be absent. Posts that may not be
@@ -148,5 +150,5 @@ class _LabelsOptional:
 
 
 def _taxonomy_config(taxonomy: Taxonomy) -> TaxonomyConfig:
-    policies = [PolicyConfig(policy.name, policy.description, policy.dsa_category) for policy in taxonomy.policies]
+    policies = [PolicyConfig(**asdict(policy)) for policy in taxonomy.policies]
     return TaxonomyConfig(taxonomy.name, taxonomy.version, policies)

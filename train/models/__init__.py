@@ -1,4 +1,4 @@
-"""Models: a tower for each modality, their fusion, one logit for each policy."""
+"""Models: a tower for each modality, their fusion, heads with a logit for each policy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_model(
 
     Args:
         config: the model's configuration.
-        taxonomy: one logit for each of its policies.
+        taxonomy: the policies, one logit for each, and their levels of severity.
         tokenizer: of the texts.
         seed: of the fresh weights.
         unused: the names of the parameters that take no part, for a model that cannot be run yet (its weights are
@@ -39,9 +39,9 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(config, len(taxonomy.names), tokenizer.vocab_size, tokenizer.pad_id, seed)
+        model = Classifier(config, taxonomy, tokenizer.vocab_size, tokenizer.pad_id, seed)
     if unused is None:
-        freeze_unused(model, example_batch(config, len(taxonomy.names), 1, PostSize(), tokenizer.pad_id))
+        freeze_unused(model, example_batch(config, taxonomy.num_labels, 1, PostSize(), tokenizer.pad_id))
         return model
     for name, parameter in model.named_parameters():
         if name in unused:

@@ -1,4 +1,4 @@
-"""The classifier: a tower for each modality, their fusion, one logit for each policy."""
+"""The classifier: a tower for each modality, their fusion, heads with a logit for each policy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
+from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.models.audio import Hearing, build_audio_tower
-from crossguard.train.models.fusion import Fusion
+from crossguard.train.models.fusion import build_fusion
+from crossguard.train.models.heads import Heads
 from crossguard.train.models.image import Normalise, build_image_tower
 from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
@@ -31,7 +33,7 @@ class Classifier(nn.Module):
     gather and reduce the same parameters. A post's logits do not depend on the posts beside it, nor on padding.
     """
 
-    def __init__(self, config: ModelConfig, num_policies: int, vocab_size: int, pad_id: int, seed: int):
+    def __init__(self, config: ModelConfig, taxonomy: Taxonomy, vocab_size: int, pad_id: int, seed: int):
         super().__init__()
         self.modalities = tuple(config.modalities)
         # Those with a tower of their own.
@@ -63,11 +65,8 @@ class Classifier(nn.Module):
             widths["audio"] = self.audio.width
             add_lora(self.audio, config.audio.lora, "model.audio.lora")
             self.hearing = Hearing(self.audio.width)
-        self.fusion = Fusion(config.fusion, widths)
-        self.head = nn.Linear(self.fusion.output_width, num_policies)
-        # Every policy starts at probability one half, whatever the encoders say.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.fusion = build_fusion(config.fusion, widths)
+        self.heads = Heads(config.heads, taxonomy, self.fusion.output_width)
 
     def train(self, mode: bool = True) -> Classifier:
         """Switch to training, all but batch normalisation: it keeps its statistics.
@@ -81,7 +80,7 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """A batch of B posts → logits float32[B, P]."""
+        """A batch of B posts → logits float32[B, L], in the order of the label vector."""
         if self.training and self.modality_dropout:
             batch = drop_modalities(batch, self.modality_dropout, self.seed)
         return self.judge(self.read(batch))
@@ -101,14 +100,19 @@ class Classifier(nn.Module):
             modalities["video"] = self.frames(frames, video.times, video.post, video.present)
         if "audio" in self.modalities:
             sound = given(batch.audio)
-            heard, mask = self.audio(sound.values.to(self.head.weight.dtype), sound.lengths)
+            heard, mask = self.audio(sound.values.to(self._dtype), sound.lengths)
             modalities["audio"] = self.hearing(heard, mask, sound.post, sound.present)
         return modalities
 
     def judge(self, modalities: dict[str, Tokens]) -> Tensor:
-        """What the towers say of B posts, as `read` gives it → logits float32[B, P]."""
-        logits: Tensor = self.head(self.fusion(modalities)).float()
+        """What the towers say of B posts, as `read` gives it → logits float32[B, L]."""
+        logits: Tensor = self.heads(self.fusion(modalities))
         return logits
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the towers are given to read."""
+        return next(iter(self.fusion.absent.values())).dtype
 
     def _read_text(self, batch: Batch) -> Tokens:
         mask = batch.text_mask.clone()
@@ -123,7 +127,7 @@ class Classifier(nn.Module):
     def _look(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The patches float[N, T, D] of all images, and those float[F, T, D] of all frames."""
         patches = frames = None
-        dtype = self.head.weight.dtype
+        dtype = self._dtype
         if "video" in self.modalities and self.shares_image_tower:
             # In one pass: a tower that ran twice would gather its weights twice under ZeRO-3.
             both = torch.cat([batch.pixels, given(batch.video).pixels])

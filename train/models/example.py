@@ -29,7 +29,7 @@ class PostSize:
         return cls(config.text.length, images, frames, seconds=config.audio.max_seconds)
 
 
-def example_batch(config: ModelConfig, num_policies: int, posts: int, size: PostSize, pad_id: int = 0) -> Batch:
+def example_batch(config: ModelConfig, num_labels: int, posts: int, size: PostSize, pad_id: int = 0) -> Batch:
     """A batch of `posts` that all have every modality of the model, each as much of it as `size` says; of modalities
     that the model does not look at, no more than every batch has."""
     tokens = size.tokens if "text" in config.modalities else 1
@@ -45,7 +45,7 @@ def example_batch(config: ModelConfig, num_policies: int, posts: int, size: Post
         pixels=_pixels(images, config.image.size),
         image_post=_owners(posts, images),
         has_image=yes,
-        labels=torch.zeros(posts, num_policies),
+        labels=torch.zeros(posts, num_labels),
         segments=torch.zeros(posts, tokens, dtype=torch.int64) if config.text.fields else None,
         video=_frames(config, posts, size.frames) if "video" in config.modalities else None,
         audio=_sound(config, posts, size) if "audio" in config.modalities else None,

@@ -1,22 +1,27 @@
-"""Fusion of the modalities with interaction: joint attention over all tokens, and the product of their summaries.
+"""Fusion of the modalities: their summaries side by side (late), or with interaction (gated, cross, joint).
 
-A model that adds up what each modality says is at chance where a violation depends on their combination.
-The product (low-rank bilinear pooling, arXiv 1610.04325) finds such combinations quickly; attention over the joined
-tokens also finds those between parts of a text and parts of an image.
+A model that adds up what each modality says is at chance where a violation depends on their combination: late fusion is
+the reference that shows whether it does. All kinds take any number of modalities, and put a learned token in the place
+of one that a post lacks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from crossguard.configs.schema.fusion import FusionConfig
+from crossguard.configs.schema.fusion import CROSS, GATED, JOINT, LATE, FusionConfig
+from crossguard.train.models.attention import Block, CrossBlock
 from crossguard.train.models.tokens import Tokens
 
 
 class Fusion(nn.Module):
-    """Tokens of every modality in, one vector a post out."""
+    """Tokens of every modality in, one vector a post out: what all kinds share."""
+
+    output_width: int
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         """
@@ -29,6 +34,98 @@ class Fusion(nn.Module):
         self.project = nn.ModuleDict({name: Projection(size, width) for name, size in widths.items()})
         # Stands in the place of a modality that a post lacks.
         self.absent = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.02) for name in widths})
+
+    def forward(self, modalities: dict[str, Tokens]) -> Tensor:
+        """Tokens by modality, in the order of `widths` → float[B, output_width]."""
+        raise NotImplementedError
+
+    def summaries(self, modalities: dict[str, Tokens]) -> list[Tensor]:
+        """Each modality in one vector, float[B, width]."""
+        # Where a post lacks the modality, selection gives its tower a gradient of exactly zero.
+        return [
+            torch.where(tokens.present[:, None], self.project[name](tokens.summary), self.absent[name])
+            for name, tokens in modalities.items()
+        ]
+
+    def sequences(self, modalities: dict[str, Tokens], summaries: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Each modality's tokens, float[B, 1 + T, width], and where there are any, bool[B, 1 + T].
+
+        The summary leads: of an absent modality it is the only one.
+        """
+        values, masks = [], []
+        for (name, tokens), summary in zip(modalities.items(), summaries, strict=True):
+            present = tokens.present[:, None]
+            values.append(torch.cat([summary[:, None], self.project[name](tokens.values)], dim=1))
+            masks.append(torch.cat([torch.ones_like(present), tokens.mask & present], dim=1))
+        return values, masks
+
+
+class Late(Fusion):
+    """The summaries side by side: a linear head over them is a sum of the modalities' logits."""
+
+    def __init__(self, config: FusionConfig, widths: dict[str, int]):
+        super().__init__(config, widths)
+        # One norm for each: a common one would divide a modality by the spread of the others.
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(config.width) for name in widths})
+        self.output_width = config.width * len(widths)
+
+    def forward(self, modalities: dict[str, Tokens]) -> Tensor:
+        summaries = self.summaries(modalities)
+        return torch.cat([norm(summary) for norm, summary in zip(self.norms.values(), summaries, strict=True)], dim=-1)
+
+
+class Gated(Fusion):
+    """Gated multimodal units (arXiv 1702.01992): gates that see all modalities multiply the features of each."""
+
+    def __init__(self, config: FusionConfig, widths: dict[str, int]):
+        super().__init__(config, widths)
+        width = config.width
+        self.features = nn.ModuleDict({name: nn.Linear(width, width) for name in widths})
+        self.gates = nn.Linear(len(widths) * width, len(widths) * width)
+        self.norm = nn.LayerNorm(width)
+        self.output_width = width
+
+    def forward(self, modalities: dict[str, Tokens]) -> Tensor:
+        summaries = self.summaries(modalities)
+        said = [linear(summary).tanh() for linear, summary in zip(self.features.values(), summaries, strict=True)]
+        gates = self.gates(torch.cat(summaries, dim=-1)).sigmoid()
+        opened = gates * torch.cat(said, dim=-1)
+        fused: Tensor = self.norm(opened.unflatten(-1, (len(said), -1)).sum(dim=1))
+        return fused
+
+
+class Cross(Fusion):
+    """Cross-attention (arXiv 1908.02265): the tokens of each modality attend to those of all others, layer by layer."""
+
+    def __init__(self, config: FusionConfig, widths: dict[str, int]):
+        super().__init__(config, widths)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: CrossBlock(config) for name in widths}) for _ in range(config.layers)
+        )
+        self.output_width = config.width * len(widths)
+        self.norm = nn.LayerNorm(self.output_width)
+
+    def forward(self, modalities: dict[str, Tokens]) -> Tensor:
+        values, masks = self.sequences(modalities, self.summaries(modalities))
+        for blocks in cast(Iterable[nn.ModuleDict], self.layers):
+            values = [
+                block(value, torch.cat(_others(values, place), 1), torch.cat(_others(masks, place), 1))
+                for place, (block, value) in enumerate(zip(blocks.values(), values, strict=True))
+            ]
+        fused: Tensor = self.norm(torch.cat([value[:, 0] for value in values], dim=-1))
+        return fused
+
+
+class Joint(Fusion):
+    """One transformer over the tokens of all modalities, and the product of their summaries.
+
+    The product (low-rank bilinear pooling, arXiv 1610.04325) finds combinations quickly; attention over the joined
+    tokens also finds those between parts of a text and parts of an image.
+    """
+
+    def __init__(self, config: FusionConfig, widths: dict[str, int]):
+        super().__init__(config, widths)
+        width = config.width
         self.first = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.factors = nn.ModuleDict({name: nn.Linear(width, width) for name in widths} if len(widths) > 1 else {})
@@ -36,26 +133,47 @@ class Fusion(nn.Module):
         self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
-        """Tokens by modality, in the order of `widths` → float[B, output_width]."""
-        values, masks, summaries = [], [], []
-        for name, tokens in modalities.items():
-            project, absent = self.project[name], self.absent[name]
-            present = tokens.present[:, None]
-            # Where a post lacks the modality, selection gives its tower a gradient of exactly zero.
-            summary = torch.where(present, project(tokens.summary), absent)
-            summaries.append(summary)
-            # The summary leads its tokens: of an absent modality it is the only one.
-            values += [summary[:, None], project(tokens.values)]
-            masks += [torch.ones_like(present), tokens.mask & present]
+        summaries = self.summaries(modalities)
+        values, masks = self.sequences(modalities, summaries)
         first = self.first.expand(len(summaries[0]), 1, -1)
         joint = torch.cat([first, *values], dim=1)
-        mask = torch.cat([torch.ones_like(masks[0]), *masks], dim=1)
+        mask = torch.cat([torch.ones_like(masks[0][:, :1]), *masks], dim=1)
         for block in self.blocks:
             joint = block(joint, mask)
         features = [joint[:, 0], *summaries]
         if self.factors:
             features.append(_product(list(self.factors.values()), summaries))
-        return self.norm(torch.cat(features, dim=-1))
+        fused: Tensor = self.norm(torch.cat(features, dim=-1))
+        return fused
+
+
+class Bottleneck(Fusion):
+    """A transformer for each modality; what they tell each other passes through a few common tokens, which after each
+    layer are the mean of what all made of them (arXiv 2107.00135)."""
+
+    def __init__(self, config: FusionConfig, widths: dict[str, int]):
+        super().__init__(config, widths)
+        self.bottleneck = nn.Parameter(torch.randn(config.bottleneck, config.width) * 0.02)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: Block(config) for name in widths}) for _ in range(config.layers)
+        )
+        self.output_width = config.width * len(widths)
+        self.norm = nn.LayerNorm(self.output_width)
+
+    def forward(self, modalities: dict[str, Tokens]) -> Tensor:
+        values, masks = self.sequences(modalities, self.summaries(modalities))
+        count = len(self.bottleneck)
+        common = self.bottleneck.expand(len(values[0]), -1, -1)
+        masks = [torch.cat([mask.new_ones(len(mask), count), mask], dim=1) for mask in masks]
+        for blocks in cast(Iterable[nn.ModuleDict], self.layers):
+            read = [
+                block(torch.cat([common, value], dim=1), mask)
+                for block, value, mask in zip(blocks.values(), values, masks, strict=True)
+            ]
+            values = [value[:, count:] for value in read]
+            common = torch.stack([value[:, :count] for value in read]).mean(dim=0)
+        fused: Tensor = self.norm(torch.cat([value[:, 0] for value in values], dim=-1))
+        return fused
 
 
 class Projection(nn.Module):
@@ -68,31 +186,24 @@ class Projection(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """float[…, size] → float[…, width]."""
-        return self.linear(self.norm(values))
+        projected: Tensor = self.linear(self.norm(values))
+        return projected
 
 
-class Block(nn.Module):
-    """A transformer layer with normalisation first (arXiv 2002.04745)."""
+def build_fusion(config: FusionConfig, widths: dict[str, int]) -> Fusion:
+    """The fusion that a configuration names, for modalities with tokens of these widths."""
+    kinds: dict[str, type[Fusion]] = {
+        LATE: Late,
+        GATED: Gated,
+        CROSS: Cross,
+        JOINT: Bottleneck if config.bottleneck else Joint,
+    }
+    return kinds[config.kind](config, widths)
 
-    def __init__(self, config: FusionConfig):
-        super().__init__()
-        width = config.width
-        self.heads, self.dropout = config.heads, config.dropout
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
-        """float[B, T, width] and bool[B, T], True where there is a token → float[B, T, width]."""
-        batch, length, width = values.shape
-        qkv = self.qkv(self.attention_norm(values)).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
-        values = values + self._drop(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
-        return values + self._drop(self.mlp(self.mlp_norm(values)))
-
-    def _drop(self, values: Tensor) -> Tensor:
-        return F.dropout(values, self.dropout, self.training)
+def _others(items: list[Tensor], place: int) -> list[Tensor]:
+    """All but one; a modality that is alone has itself."""
+    return items[:place] + items[place + 1 :] or items
 
 
 def _product(factors: list[nn.Module], summaries: list[Tensor]) -> Tensor:

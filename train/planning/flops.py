@@ -31,7 +31,7 @@ class PostFlops:
     coefficients: tuple[float, ...]
 
     @classmethod
-    def of_model(cls, config: Config, num_policies: int) -> PostFlops:
+    def of_model(cls, config: Config) -> PostFlops:
         """Those of forward and backward pass, as torch's FlopCounterMode counts them: multiplications and additions.
 
         A backward pass takes twice the forward's, less what frozen parameters save. What is computed a second time to
@@ -40,7 +40,7 @@ class PostFlops:
         Raises:
             UserError: the model cannot be run on shapes alone.
         """
-        shapes = Shapes(config, num_policies)
+        shapes = Shapes(config)
         sizes = _sizes(config.model)
         with sdpa_kernel(SDPBackend.MATH):  # Fused attention computes its scores once more on the way back.
             seconds = config.model.audio.max_seconds

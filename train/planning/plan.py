@@ -10,7 +10,6 @@ import psutil
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.data.loading.order import micro_batches
-from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.planning.memory import Case, Memory, Sizes, ZeroSettings, memory_of, model_states
 from crossguard.train.planning.roofline import StepTime, communication_bytes, step_time
 from crossguard.train.planning.shapes import Shapes
@@ -80,7 +79,7 @@ def make_plan(config: Config) -> Plan:
     cluster = replace(config.cluster, gpus_per_node=config.cluster.gpus_per_node or config.launcher.num_procs or 1)
     ranks = cluster.nodes * (cluster.gpus_per_node or 1)
     micro_batch, _ = micro_batches(config.train.batch_size, ranks, config.train.micro_batch_size)
-    shapes = Shapes(config, len(Taxonomy.from_config(config.taxonomy).names))
+    shapes = Shapes(config)
     settings = ZeroSettings.of(config.zero.deepspeed)
     sizes = Sizes.of(shapes.model, settings)
     # One post alone would be treated apart: an axis of length one is spread without memory.

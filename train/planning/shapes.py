@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.model import ModelConfig
+from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.models import Classifier, freeze_unused
 from crossguard.train.models.activations import checkpoint_activations
 from crossguard.train.models.example import PostSize, example_batch
@@ -31,21 +32,24 @@ _COUNTS = torch.ops.aten.bincount.default
 class Shapes:
     """The classifier that training would build, its unused and frozen parameters marked."""
 
-    def __init__(self, config: Config, num_policies: int):
+    def __init__(self, config: Config):
         """
         Raises:
             UserError: an encoder does not exist, does not fit, or cannot be run without its numbers.
         """
-        self.config, self.num_policies = config, num_policies
+        taxonomy = Taxonomy.from_config(config.taxonomy)
+        self.config, self.num_labels = config, taxonomy.num_labels
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         model_config, vocab_size, pad_id = _described(config.model)
         try:
             with torch.device("meta"):
-                self.model = Classifier(model_config, num_policies, vocab_size, pad_id, config.seed)
+                self.model = Classifier(model_config, taxonomy, vocab_size, pad_id, config.seed)
             with self._open():
                 # What lies on "meta" would not follow the rules of autocast.
                 self.model.to_empty(device="cpu")
-                freeze_unused(self.model, example_batch(config.model, num_policies, 1, PostSize.largest(config.model)))
+                freeze_unused(
+                    self.model, example_batch(config.model, self.num_labels, 1, PostSize.largest(config.model))
+                )
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"model: cannot be run on shapes alone, so not be planned ({reason})") from error
@@ -59,7 +63,7 @@ class Shapes:
         """A forward and backward pass over a batch of `posts` of a size: by default as large as they may be."""
         size = size or PostSize.largest(self.config.model)
         with self._open(size.images):
-            batch = example_batch(self.config.model, self.num_policies, posts, size)
+            batch = example_batch(self.config.model, self.num_labels, posts, size)
             return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16")
 
     @contextmanager
