@@ -85,12 +85,25 @@ def write_posts(folder: Path) -> None:
         post["labels"] = {f"in_{part}": None if part in absent else values[part] for part in PARTS}
         post["split"] = "train" if number < 160 else "test"
         lines.append(json.dumps(post))
+    # What a look at its middle does not find when shards are built.
+    (folder / "bad.mp4").write_bytes(half_bad())
+    lines.append(json.dumps({"id": "bad", "video": "bad.mp4", "labels": {"in_video": 1}, "split": "test"}))
     (folder / "posts.jsonl").write_text("\n".join(lines))
+
+
+def half_bad() -> bytes:
+    """A clip that is whole up to its middle."""
+    draw = np.random.default_rng(2)
+    data = bytearray(clips.pictures(draw.integers(0, 256, (40, 32, 32, 3)).astype(np.uint8)))
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    place = start + (end - start) * 6 // 10
+    data[place:end] = b"\x55" * (end - place)
+    return bytes(data)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Shards are there, and one post whose clip went bad since."""
+    """Shards are there."""
     folder = tmp_path_factory.mktemp("media")
     (folder / "posts").mkdir()
     write_posts(folder / "posts")
@@ -128,6 +141,12 @@ def test_videos_sound_and_every_field_are_learned_through_the_whole_job(config: 
     rows = {post: row for row, post in enumerate(predicted.ids)}
     same = [rows[post] for post in evaluated.ids]
     np.testing.assert_allclose(predicted.scores[same], evaluated.scores, atol=1e-5)
+    for quarantine in (run_dir / "quarantine.jsonl", run_dir / "all.parquet.quarantine.jsonl"):
+        (refused,) = map(json.loads, quarantine.read_text().splitlines())
+        assert refused["id"] == "bad"
+        assert refused["reason"].startswith("damaged, truncated or of an unknown format")
+    assert "bad" not in [*evaluated.ids, *predicted.ids]
+    assert len(evaluated) == 80
 
 
 def raw(**values: Any) -> RawSample:
