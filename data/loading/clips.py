@@ -90,8 +90,10 @@ def opened(data: bytes) -> Iterator[Any]:
     try:
         with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
             yield container
-    except (av.error.FFmpegError, ValueError, EOFError, OSError) as error:
-        # ffmpeg's own words may hold what the file says of itself.
+    except MediaError:
+        raise
+    except Exception as error:  # PyAV raises errors of many types on damaged files
+        # Their words may hold what the file says of itself.
         raise MediaError(f"damaged, truncated or of an unknown format ({type(error).__name__})") from None
 
 
