@@ -75,22 +75,26 @@ class Late(Fusion):
 
 
 class Gated(Fusion):
-    """Gated multimodal units (arXiv 1702.01992): gates that see all modalities multiply the features of each."""
+    """The features of each modality, multiplied by gates that the other modalities set (after arXiv 1702.01992).
+
+    Gates lie between 0 and 2: where nothing is learned yet they let features through as they are.
+    """
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
-        width = config.width
+        width, others = config.width, max(1, len(widths) - 1)
         self.features = nn.ModuleDict({name: nn.Linear(width, width) for name in widths})
-        self.gates = nn.Linear(len(widths) * width, len(widths) * width)
-        self.norm = nn.LayerNorm(width)
-        self.output_width = width
+        self.gates = nn.ModuleDict({name: nn.Linear(others * width, width) for name in widths})
+        self.output_width = width * len(widths)
+        self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         summaries = self.summaries(modalities)
-        said = [linear(summary).tanh() for linear, summary in zip(self.features.values(), summaries, strict=True)]
-        gates = self.gates(torch.cat(summaries, dim=-1)).sigmoid()
-        opened = gates * torch.cat(said, dim=-1)
-        fused: Tensor = self.norm(opened.unflatten(-1, (len(said), -1)).sum(dim=1))
+        opened = [
+            self.features[name](summary) * (1 + self.gates[name](torch.cat(_others(summaries, place), -1)).tanh())
+            for place, (name, summary) in enumerate(zip(modalities, summaries, strict=True))
+        ]
+        fused: Tensor = self.norm(torch.cat(opened, dim=-1))
         return fused
 
 
