@@ -62,7 +62,8 @@ def _of_tables(tables: np.ndarray) -> dict[str, np.ndarray]:
     """Both metrics of each table [B, levels, levels] of given and predicted levels; NaN where one is not defined."""
     far = np.abs(np.subtract.outer(np.arange(tables.shape[1]), np.arange(tables.shape[1]))).astype(np.float64)
     total = tables.sum(axis=(1, 2))
-    by_chance = np.einsum("bi,bj->bij", tables.sum(axis=2), tables.sum(axis=1)) / total[:, None, None]
+    by_chance = np.einsum("bi,bj->bij", tables.sum(axis=2), tables.sum(axis=1))
     observed, expected = (tables * far**2).sum(axis=(1, 2)), (by_chance * far**2).sum(axis=(1, 2))
-    kappa = 1 - np.divide(observed, expected, out=np.full_like(observed, np.nan), where=expected > 0)
-    return {"quadratic_kappa": kappa, "mean_absolute_error": (tables * far).sum(axis=(1, 2)) / total}
+    with np.errstate(invalid="ignore"):
+        kappa = 1 - observed * total / np.where(expected > 0, expected, np.nan)
+        return {"quadratic_kappa": kappa, "mean_absolute_error": (tables * far).sum(axis=(1, 2)) / total}
