@@ -90,7 +90,9 @@ def evaluate_predictions(
             "by_language": _by_group(known.languages, cell),
         }
         if policy in predictions.severity:
-            policies[policy]["severity"] = measure_severity(predictions, policy, config.min_positives)
+            policies[policy]["severity"] = measure_severity(
+                predictions, policy, config.min_positives, intervals=in_detail
+            )
         if in_detail:
             by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
             simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
