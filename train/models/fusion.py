@@ -153,7 +153,7 @@ class Joint(Fusion):
 
 class Bottleneck(Fusion):
     """A transformer for each modality; what they tell each other passes through a few common tokens, which after each
-    layer are the mean of what all made of them (arXiv 2107.00135)."""
+    layer are the mean of what all made of them (arXiv 2107.00135). Those are read out as well: they alone hold all."""
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
@@ -161,7 +161,7 @@ class Bottleneck(Fusion):
         self.layers = nn.ModuleList(
             nn.ModuleDict({name: Block(config) for name in widths}) for _ in range(config.layers)
         )
-        self.output_width = config.width * len(widths)
+        self.output_width = config.width * (1 + len(widths))
         self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
@@ -176,7 +176,7 @@ class Bottleneck(Fusion):
             ]
             values = [value[:, count:] for value in read]
             common = torch.stack([value[:, :count] for value in read]).mean(dim=0)
-        fused: Tensor = self.norm(torch.cat([value[:, 0] for value in values], dim=-1))
+        fused: Tensor = self.norm(torch.cat([common.mean(dim=1), *(value[:, 0] for value in values)], dim=-1))
         return fused
 
 
