@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def loop_of(config: Config, ranks: Ranks) -> TrainLoop:
 def train(loop: TrainLoop, steps: range) -> list[float]:
     """The losses of some steps."""
     loop.engine.train()
-    batches = (mine(loop.engine.ranks, posts_of(step), loop.config.train.micro_batch_size) for step in steps)
-    return [loop.train_step(step, batch).loss for step, batch in zip(steps, batches, strict=True)]
+    batches = [mine(loop.engine.ranks, posts_of(step), loop.config.train.micro_batch_size) for step in steps]
+    return [loop.train_step(step, *pair).loss for step, pair in zip(steps, pairwise([*batches, []]), strict=True)]
 
 
 @contextmanager
