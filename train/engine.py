@@ -18,6 +18,7 @@ from torch import nn
 from crossguard.configs.deepspeed_owned import check_owned
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
+from crossguard.train.gradient_norm import talk_once
 from crossguard.train.optimizer import build_optimizer, freeze
 from crossguard.train.ranks import Ranks
 
@@ -51,6 +52,8 @@ class Engine:
             self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
             raise UserError(f"zero.deepspeed: DeepSpeed refuses it ({' '.join(str(error).split())[:200]})") from error
+        if self.stage > 0:
+            talk_once(self.deepspeed.optimizer, self.stage, ranks)
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass. Under ZeRO-3 every rank must call it equally often."""
