@@ -78,7 +78,7 @@ def trained(ranks: Ranks, stage: int, precision: str, micro_batches: int) -> tup
             engine.backward(loss)
             total += loss.detach()
         losses.append(float(ranks.sum(total)))
-        norms.append(engine.step(learning_rate(step, config.train, STEPS)))
+        norms.append(engine.step(learning_rate(step, config.train, STEPS))[0])
     return engine, losses, norms
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -137,12 +136,12 @@ class TrainLoop:
         """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
 
         So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. Where loss or
-        gradient is not finite, all ranks leave weights and moments as they are. The ranks talk once: about this step's
-        loss, and about what they count in `following`, the batches of the next step, whose loss will need it.
+        gradient is not finite, all ranks leave weights and moments as they are. The ranks talk once, about the loss of
+        this step and what they count in `following`, the batches of the next: it is known before their first backward.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
-        if self._counts is None:  # Nobody has asked before the first step.
+        if self._counts is None:  # No step before this one has asked.
             phases.enter(phases.WAITING)
             self._counts = ranks.sum(torch.tensor(self._count(batches), dtype=torch.float64)).tolist()
         known, damaged, *work = self._counts
@@ -162,12 +161,9 @@ class TrainLoop:
             losses.append(elements.detach())
 
         phases.enter(phases.WAITING)
-        said = torch.cat([total, total.new_tensor([preemption.asked(), *mine])])
-        global_loss, asked, *counts = ranks.sum(said).tolist()
+        told = torch.cat([total, total.new_tensor([preemption.asked(), *mine])])
+        grad_norm, (global_loss, asked, *counts) = engine.step(lr, told)
         self._stop, self._counts = bool(asked), counts if following else None
-
-        phases.enter(phases.STEP)
-        grad_norm = engine.step(lr, skip=not math.isfinite(global_loss))
         skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
         spike = self.guards.spikes(step, global_loss)
         return StepResult(global_loss, grad_norm, lr, Work(*map(int, work)), skipped, spike)
