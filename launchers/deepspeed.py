@@ -67,7 +67,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
             with contextlib.suppress(subprocess.TimeoutExpired):  # A host is gone; the others have heard it.
                 subprocess.run(line, env=_for_pdsh(config), stdout=subprocess.DEVNULL, timeout=SECONDS_TO_REACH_HOSTS)
 
-        def start(arguments: list[str]) -> str:
+        def start(arguments: list[str], _: int) -> str:
             with LauncherOutput(run_dir / "logs" / "deepspeed.log", OWN, ENDED, config.grace_seconds) as output:
                 deepspeed = Child(
                     command([*arguments, token], num_procs, config),
@@ -75,9 +75,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
                     ask_again=True,  # Ranks that are not there yet do not hear it.
                     kill=lambda: send(signal.SIGKILL),
                     at_death=signal.SIGTERM,  # At this it ends the ranks on all hosts.
-                    hear=output.hear,
-                    overdue=output.overdue,
-                    statuses=lambda: output.statuses,
+                    output=output,
                 )
                 return run(deepspeed, config.grace_seconds)
 

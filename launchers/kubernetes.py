@@ -134,11 +134,7 @@ def _container(work: Work, stage: Stage, name: str, config: LauncherConfig) -> d
 
 def _meeting(work: Work, name: str, config: LauncherConfig) -> list[str]:
     """The last word over the launcher: in the pods it is torchrun's agent."""
-    num_procs = procs_per_node(config)
-    chosen = ["launcher.name=torchrun", f"launcher.num_procs={num_procs}"]
-    if config.threads_per_proc is None and (cores := config.kubernetes.resources.get("cpu", "")).isdecimal():
-        # A pod sees all cores of its node, whatever it may use of them.
-        chosen.append(f"launcher.threads_per_proc={max(1, int(cores) // num_procs)}")
+    chosen = ["launcher.name=torchrun", f"launcher.num_procs={procs_per_node(config)}"]
     if config.nodes == 1:
         return chosen
     endpoint = f"{work.name}-{name}-0-0.{work.name}:{PORT}"

@@ -60,7 +60,8 @@ def script(works: list[Work], config: LauncherConfig, *, output_folder: str, com
     # First of all: a signal that comes before would end the script.
     lines += ["asked= job=", """trap 'asked=yes; [ -z "$job" ] || kill -USR1 "$job" 2>/dev/null' USR1 TERM"""]
     if config.slurm.modules:
-        lines.append(f"module load {shlex.join(config.slurm.modules)}")
+        # A job without what it needs would fail later, and less clearly.
+        lines.append(f"module load {shlex.join(config.slurm.modules)} || exit 2")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in config.environment.items()]
     if len(works) == 1:
         lines.append(f"set -- {shlex.join(works[0].arguments)}")
@@ -77,7 +78,7 @@ def _options(works: list[Work], config: LauncherConfig, output_folder: str, comm
     options = {
         "job-name": works[0].name,
         "chdir": os.getcwd(),
-        "output": f"{output_folder}/slurm-{job}.out",
+        "output": f"{output_folder.replace('%', '%%')}/slurm-{job}.out",
         "open-mode": "append",
         "nodes": config.nodes if ranked else 1,
         "ntasks-per-node": procs_per_node(config) if ranked else 1,

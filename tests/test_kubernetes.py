@@ -42,7 +42,7 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
     command = container["command"]
     assert command[:2] == ["crossguard", "train"]
     launcher = compose(command[2:]).launcher
-    assert (launcher.name, launcher.nodes, launcher.num_procs, launcher.threads_per_proc) == ("torchrun", 2, 4, 8)
+    assert (launcher.name, launcher.nodes, launcher.num_procs) == ("torchrun", 2, 4)
     name = job_set["metadata"]["name"]
     assert launcher.torchrun.endpoint == f"{name}-train-0-0.{name}:29400"
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from launch_arguments import arguments, printed
 
+from crossguard.configs import cores
 from crossguard.configs.arguments import prepare
 from crossguard.configs.errors import (
     EXIT_FAILED,
@@ -23,15 +24,17 @@ from crossguard.configs.errors import (
     EXIT_USER_ERROR,
     CrossguardError,
     JobError,
+    OutOfMemory,
     Preempted,
     UserError,
 )
 from crossguard.configs.schema import LauncherConfig
-from crossguard.configs.schema.launcher import DeepspeedConfig, TorchrunConfig
+from crossguard.configs.schema.launcher import DeepspeedConfig, SlurmConfig, TorchrunConfig
 from crossguard.launchers import deepspeed, sbatch, slurm, torchrun, world_sizes
+from crossguard.launchers.environment import environment_of
 from crossguard.launchers.hostfile import chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
-from crossguard.launchers.statuses import OUT_OF_MEMORY, outcome, status_of
+from crossguard.launchers.statuses import outcome, status_of
 from crossguard.launchers.supervised import restarting
 from crossguard.recipes.launching import launch
 from crossguard.recipes.sweeps import sweep
@@ -105,7 +108,7 @@ def test_the_sbatch_script(arguments: list[str], capsys: pytest.CaptureFixture[s
         *("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--account=ours", "--qos=high"),
         *("--time=08:00:00", "--signal=B:USR1@120", "--requeue", "--mem=64G", f"--chdir={tmp_path}"),
     } <= set(directives)
-    assert "\nmodule load cuda/12.8\n" in text
+    assert "\nmodule load cuda/12.8 || exit 2\n" in text
     assert "\nexport NCCL_DEBUG='a b'\n" in text
     # A shell that runs it gives every word to crossguard as it was given here.
     echoed = script(text).replace(
@@ -282,7 +285,7 @@ def test_a_sweep_has_a_run_directory_for_each_job(arguments: list[str]) -> None:
         (256 - signal.SIGKILL, False, "a rank was ended by SIGKILL (is memory short?)"),
         (128 + signal.SIGTERM, False, Preempted),
         (EXIT_LOST_CONTACT, False, "ranks lost contact with each other"),
-        (EXIT_OUT_OF_MEMORY, False, OUT_OF_MEMORY),
+        (EXIT_OUT_OF_MEMORY, False, OutOfMemory),
     ],
 )
 def test_what_another_launcher_s_status_means(status: int, asked: bool, expected: str | type[CrossguardError]) -> None:
@@ -311,15 +314,19 @@ def test_one_status_stands_for_those_of_all_ranks(statuses: set[int], stands: in
 
 def test_ranks_are_started_again_as_often_as_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
     starts: list[list[str]] = []
-    became = iter([OUT_OF_MEMORY, "lost", OUT_OF_MEMORY, "lost again"])
+    became = iter(["", "lost", "", "lost again"])
 
-    def start(arguments: list[str]) -> str:
+    def start(arguments: list[str], restarts: int) -> str:
         starts.append(arguments)
-        return next(became)
+        assert restarts == (len(starts) > 2)
+        if lost := next(became):
+            return lost
+        raise OutOfMemory("rank 3 was out of memory")
 
     with pytest.raises(JobError, match=r"lost again \(after 1 restarts\)"):
         restarting(start, ["stage=train", "train.restart=true"], LauncherConfig(max_restarts=1))
-    assert "crossguard: lost; restart 1 of 1\n" in capsys.readouterr().err
+    told = "crossguard: {}; starting again\ncrossguard: lost; restart 1 of 1\ncrossguard: {}; starting again\n"
+    assert capsys.readouterr().err == told.format(*["rank 3 was out of memory"] * 2)
     assert ["train.restart=false" in arguments for arguments in starts] == [False, True, True, True]
 
 
@@ -354,6 +361,40 @@ def test_a_port_in_use_is_named() -> None:
     torchrun._check_port(config)
     # That of another machine is not looked at here.
     torchrun._check_port(LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint="192.0.2.77:1")))
+
+
+def test_threads_share_out_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    for quota, procs, threads in [
+        (None, 2, "6"),
+        ("max 100000", 2, "6"),
+        ("850000 100000", 2, "4"),
+        ("50000 100000", 4, "1"),
+    ]:
+        if quota:
+            (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert environment_of(LauncherConfig(), procs)["OMP_NUM_THREADS"] == threads
+    assert environment_of(LauncherConfig(threads_per_proc=3), 2)["OMP_NUM_THREADS"] == "3"
+
+
+def test_ranks_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pyxis documents its options; the image has its own Python, and what ranks write lies outside of it."""
+    monkeypatch.chdir(tmp_path)
+    settings = SlurmConfig(container="nvcr.io#nvidia/pytorch:25.01-py3", container_mounts=["/posts:/posts:ro"])
+    config = LauncherConfig(name="slurm", gpus_per_node=0, environment={"NCCL_DEBUG": "INFO"}, slurm=settings)
+    variables = slurm._variables(2, config)
+    for run_dir, mounts in [(Path("runs/a"), ""), (Path("/elsewhere/a"), "/elsewhere/a:/elsewhere/a,")]:
+        line = slurm.command(["stage=train"], variables, config, run_dir)
+        options = dict(word.split("=", 1) for word in line if word.startswith("--container"))
+        assert options == {
+            "--container-image": "nvcr.io#nvidia/pytorch:25.01-py3",
+            "--container-mounts": f"{tmp_path}:{tmp_path},{mounts}/posts:/posts:ro",
+            "--container-workdir": str(tmp_path),
+            "--container-env": "OMP_NUM_THREADS,NCCL_DEBUG,MASTER_ADDR,MASTER_PORT,LOCAL_WORLD_SIZE",
+        }
+        assert line[-4:] == ["python3", "-m", "crossguard.train", "stage=train"]
 
 
 def test_what_srun_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

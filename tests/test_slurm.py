@@ -141,6 +141,22 @@ def test_a_job_that_is_requeued_and_reaches_its_time_limit_is_one_run(cluster: C
 
 
 @pytest.mark.launchers
+def test_a_job_that_makes_room_for_an_urgent_one_comes_back(cluster: Cluster, expected: list[float]) -> None:
+    """SLURM's own preemption: SIGTERM, to the ranks alone, and a while later the end."""
+    waits = cluster.folder / "preempted-waits"
+    number = cluster.submit("preempted", wait_in(waits, 1))
+    cluster.wait_until_started("preempted", waits / "waiting-0")
+    urgent = _slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true").strip()
+    cluster.begin_again(number, "preempted")
+    cluster.wait_until_done(number, "preempted")
+    assert cluster.state(urgent) == "COMPLETED"
+    said = cluster.ask("logs", "preempted")
+    assert "which is saved; start again" in said
+    assert said.count("train: going on after step") == 1
+    assert losses(cluster.folder, "preempted") == expected
+
+
+@pytest.mark.launchers
 def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
     waits = cluster.folder / "cancelled-waits"
     number = cluster.submit("cancelled", wait_in(waits, 1))
