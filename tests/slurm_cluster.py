@@ -98,7 +98,7 @@ def _start(line: list[str], environment: dict[str, str]) -> subprocess.Popen[byt
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
-    line = ["sinfo", "--noheader", "--Node", "--format=%t"]
+    line = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%t"]
     return (
         subprocess.run(line, env=environment, capture_output=True, text=True, check=False).stdout.split().count("idle")
     )

@@ -55,14 +55,16 @@ def reachable(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> It
         pytest.skip(str(reason))
 
 
-def torchrun(hosts: list[Host], folder: Path, run_dir: str, *settings: str) -> list[subprocess.Popen[bytes]]:
+def torchrun(
+    hosts: list[Host], folder: Path, run_dir: str, *settings: str, command: str = "train"
+) -> list[subprocess.Popen[bytes]]:
     """`crossguard train` on each host."""
     meeting = ["launcher=torchrun", "launcher.nodes=2", "launcher.num_procs=1"]
     meeting.append(f"launcher.torchrun.endpoint={hosts[0].address}:29400")
     return [
         host.start(
             [
-                *("crossguard", "train", *job(folder, run_dir, *meeting, *settings)),
+                *("crossguard", command, *job(folder, run_dir, *meeting, *settings)),
                 f"launcher.torchrun.local_addr={host.address}",
             ],
             said(folder, run_dir, number),
@@ -92,6 +94,25 @@ def test_torchrun_on_two_hosts(hosts: list[Host], folder: Path, expected: list[f
     statuses = ended(folder, "torchrun", torchrun(hosts, folder, "torchrun"))
     assert statuses == [0, 0], said(folder, "torchrun", 0).read_text()
     assert losses(folder, "torchrun") == expected
+
+
+@pytest.mark.launchers
+def test_one_command_on_each_host_does_all_stages(hosts: list[Host], folder: Path, expected: list[float]) -> None:
+    settings = [f"data.shards={folder}/whole/shards", "ablations={colder: [train.lr=1e-3]}"]
+    statuses = ended(folder, "whole", torchrun(hosts, folder, "whole", *settings, command="run"))
+    first, second = (said(folder, "whole", number).read_text() for number in (0, 1))
+    assert statuses == [0, 0], first + second
+    assert losses(folder, "whole") == expected != losses(folder, "whole/ablations/colder")
+    assert "shards -> " in first
+    assert (folder / "whole" / "bundle").is_dir()
+    assert f"build: done by the node of {hosts[0].address}:29400, for which this one waits" in second
+    assert "export" not in second
+    # What is wrong for the node that builds is told there, and ends the others.
+    (folder / "wrong.jsonl").write_text("{}\n")
+    settings = [f"data.path={folder}/wrong.jsonl", f"data.shards={folder}/wrong/shards"]
+    assert ended(folder, "wrong", torchrun(hosts, folder, "wrong", *settings, command="run")) == [EXIT_USER_ERROR] * 2
+    assert "wrong.jsonl:1: " in said(folder, "wrong", 0).read_text()
+    assert "which says why" in said(folder, "wrong", 1).read_text()
 
 
 @pytest.mark.launchers

@@ -8,6 +8,10 @@ import shlex
 import signal
 import socket
 import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +34,7 @@ from crossguard.configs.errors import (
 )
 from crossguard.configs.schema import LauncherConfig
 from crossguard.configs.schema.launcher import DeepspeedConfig, SlurmConfig, TorchrunConfig
-from crossguard.launchers import deepspeed, sbatch, slurm, torchrun, world_sizes
+from crossguard.launchers import deepspeed, one_node, sbatch, slurm, torchrun, world_sizes
 from crossguard.launchers.environment import environment_of
 from crossguard.launchers.hostfile import chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
@@ -80,7 +84,7 @@ def test_torchrun_s_own_arguments(arguments: list[str], capsys: pytest.CaptureFi
         "--max-restarts=3",
         "--nproc-per-node=2",
         "--rdzv-endpoint=node0:29400",
-        "--rdzv-id=crossguard-train",
+        "--rdzv-id=crossguard-train-My_job",
         "--shutdown-timeout=120",
         "last_call_timeout=5",
     ):
@@ -349,6 +353,44 @@ def test_only_lost_ranks_are_started_again(monkeypatch: pytest.MonkeyPatch) -> N
         assert watching._remaining_restarts == left, status
 
 
+@contextmanager
+def endpoint() -> Iterator[LauncherConfig]:
+    """Two nodes that meet on this machine; the second one is played by a thread."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+    yield LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint=f"127.0.0.1:{port}"))
+
+
+@pytest.mark.parametrize("error", [None, UserError, Preempted, JobError, ZeroDivisionError])
+def test_nodes_wait_for_the_one_that_builds(error: type[Exception] | None) -> None:
+    with endpoint() as config, ThreadPoolExecutor() as pool:
+        assert one_node.is_here(config)
+        waiting = pool.submit(one_node.wait, config, "build")  # Nobody listens there yet.
+        time.sleep(0.1)
+        with suppress(CrossguardError, ZeroDivisionError), one_node.at_work(config):
+            with pytest.raises(UserError, match="another program listens on port"), one_node.at_work(config):
+                pass
+            time.sleep(2 * one_node.SECONDS_BETWEEN_TRIES)
+            assert not waiting.done()
+            if error:
+                raise error("the disk is full")
+        if error is None:
+            waiting.result(5)
+        else:
+            with pytest.raises(error if issubclass(error, CrossguardError) else JobError, match="which says why"):
+                waiting.result(5)
+
+
+def test_a_node_that_comes_late_finds_torchrun_s_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_node, "SECONDS_TO_GREET", 0.2)
+    with endpoint() as config, socket.create_server(torchrun.endpoint_of(config)):
+        one_node.wait(config, "build")
+    monkeypatch.setattr(one_node, "SECONDS_TO_MEET", 0)
+    with pytest.raises(JobError, match=r"nobody answers|refused"):
+        one_node.wait(config, "build")
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -356,11 +398,11 @@ def test_a_port_in_use_is_named() -> None:
         port = other.getsockname()[1]
         config = LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint=f"127.0.0.1:{port}"))
         with pytest.raises(UserError, match=f"another program listens on port {port} of this node"):
-            torchrun._check_port(config)
+            torchrun.check_port(config)
         assert slurm.free_port() != port
-    torchrun._check_port(config)
+    torchrun.check_port(config)
     # That of another machine is not looked at here.
-    torchrun._check_port(LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint="192.0.2.77:1")))
+    torchrun.check_port(LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint="192.0.2.77:1")))
 
 
 def test_threads_share_out_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
