@@ -98,7 +98,7 @@ def test_torchrun_on_two_hosts(hosts: list[Host], folder: Path, expected: list[f
 
 @pytest.mark.launchers
 def test_one_command_on_each_host_does_all_stages(hosts: list[Host], folder: Path, expected: list[float]) -> None:
-    settings = [f"data.shards={folder}/whole/shards", "ablations={colder: [train.lr=1e-3]}"]
+    settings = [f"data.shards={folder}/whole/shards", "ablations={colder: ['train.lr=1e-3']}"]
     statuses = ended(folder, "whole", torchrun(hosts, folder, "whole", *settings, command="run"))
     first, second = (said(folder, "whole", number).read_text() for number in (0, 1))
     assert statuses == [0, 0], first + second
@@ -140,17 +140,50 @@ def deepspeed(
     hosts: list[Host], folder: Path, run_dir: str, environment: dict[str, str], *settings: str
 ) -> subprocess.Popen[bytes]:
     """`crossguard train` on the first host, for both."""
+    line = ["crossguard", "train", *job(folder, run_dir, *over_ssh(hosts, folder), *settings)]
+    environment = environment | own_environment(folder / "environ.txt")
+    return hosts[0].start(line, said(folder, run_dir, 0), cwd=HERE, env=environment)
+
+
+def over_ssh(hosts: list[Host], folder: Path) -> list[str]:
+    """Settings for DeepSpeed's launcher on the hosts."""
     hostfile = folder / "hostfile"
     hostfile.write_text("# two hosts\n" + "".join(f"{host.address} slots=1\n" for host in hosts))
-    ours = ["launcher=deepspeed", f"launcher.deepspeed.hostfile={hostfile}", f"launcher.deepspeed.ssh_port={SSH_PORT}"]
-    line = ["crossguard", "train", *job(folder, run_dir, *ours, *settings)]
-    # DeepSpeed passes on what Python needs to find modules; what else there is goes through our file.
-    own = {
+    return ["launcher=deepspeed", f"launcher.deepspeed.hostfile={hostfile}", f"launcher.deepspeed.ssh_port={SSH_PORT}"]
+
+
+def own_environment(shown: Path) -> dict[str, str]:
+    """DeepSpeed passes on what Python needs to find modules; what else there is goes through our file."""
+    return {
         "PYTHONPATH": f"{ROOT / '.dev'}{os.pathsep}{HERE}",
         "WANDB_API_KEY": SECRET,
-        "WANDB_SHOW": f"{folder}/environ.txt",
+        "WANDB_SHOW": str(shown),
     }
-    return hosts[0].start(line, said(folder, run_dir, 0), cwd=HERE, env=environment | own)
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_what_would_run_can_be_pasted(
+    launcher: str,
+    hosts: list[Host],
+    folder: Path,
+    expected: list[float],
+    reachable: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = ["launcher=torchrun", "launcher.num_procs=2"] if launcher == "torchrun" else over_ssh(hosts, folder)
+    printing = [*("crossguard", "launch", "--dry-run"), *job(folder, f"{launcher}-pasted", *ours)]
+    environment = reachable | own_environment(folder / f"{launcher}-environ.txt")
+    text = subprocess.run(printing, cwd=HERE, env=environment, capture_output=True, text=True, check=True).stdout
+    assert SECRET not in text
+    (folder / "pasted.sh").write_text(f"set -e\n{text}")
+    process = hosts[0].start(
+        ["bash", str(folder / "pasted.sh")], said(folder, f"{launcher}-pasted", 0), cwd=HERE, env=environment
+    )
+    assert ended(folder, f"{launcher}-pasted", [process]) == [0], said(folder, f"{launcher}-pasted", 0).read_text()
+    assert losses(folder, f"{launcher}-pasted") == expected
+    assert f"KEY={SECRET}" in (folder / f"{launcher}-environ.txt").read_text()
+    assert not list((folder / f"{launcher}-pasted").glob(".environment-*"))
 
 
 def _command_lines() -> Iterator[str]:
@@ -175,6 +208,27 @@ def test_deepspeed_is_stopped_and_goes_on(
     assert process.wait(120) == 0, text.read_text()
     assert f"going on after step {stopped_at}" in text.read_text()
     assert losses(folder, "stopped") == expected
+
+
+@pytest.mark.launchers
+def test_deepspeed_starts_again_what_died_on_one_host(
+    hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str]
+) -> None:
+    """The other rank, which cannot know, is ended as well."""
+    waiting = wait_in(folder / "died-waits", 1)
+    process = deepspeed(hosts, folder, "died", reachable, waiting, "launcher.max_restarts=1")
+    text = said(folder, "died", 0)
+    wait_for((folder / "died-waits" / "waiting-0").exists, text.read_text)
+    there = subprocess.run(["ip", "netns", "pids", hosts[1].name], capture_output=True, text=True, check=True).stdout
+    ranks = [
+        pid for pid in map(int, there.split()) if "-u -m crossguard.train" in " ".join(psutil.Process(pid).cmdline())
+    ]
+    assert ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    assert ended(folder, "died", [process]) == [0], text.read_text()
+    assert "crossguard: a rank was ended by SIGKILL (is memory short?); restart 1 of 1\n" in text.read_text()
+    assert losses(folder, "died") == expected
 
 
 @pytest.mark.launchers

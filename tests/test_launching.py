@@ -192,6 +192,7 @@ def test_the_script_has_itself_requeued_where_it_was_preempted(
             "on no volume of launcher.kubernetes.volumes (none is given)",
         ),
         (["launcher.environment.WANDB_API_KEY=x"], "WANDB_API_KEY looks like a secret"),
+        (["launcher.slurm.options=['--export=ALL,HF_TOKEN=x']"], "HF_TOKEN looks like a secret"),
         (["launcher=deepspeed", "launcher.deepspeed.hostfile=nowhere"], "hostfile=nowhere: No such file"),
         (["--multirun"], "--multirun: no argument is a sweep"),
         (["--multirun", "train.lr=interval(0,1)"], "train.lr=interval(0,1): cannot be listed"),

@@ -103,6 +103,11 @@ class SlurmConfig:
         for option in self.options:
             if not option.startswith("-") or "\n" in option:
                 raise UserError(f"launcher.slurm.options: '{option}' is no option of sbatch, such as --mem=64G")
+            if secret := next(filter(SECRET_NAME.search, re.findall(r"(\w+)=", option)), None):
+                raise UserError(
+                    f"launcher.slurm.options: {secret} looks like a secret, which would stand on command lines and in "
+                    "files; set it in the environment of this command, from which SLURM takes it"
+                )
 
 
 @dataclass
