@@ -150,14 +150,21 @@ def _literally(word: str) -> str:
     return word.replace("$(", "$$(")
 
 
-def submit(text: str, config: LauncherConfig) -> None:
-    """Hand the manifest to the cluster.
+def submit(names: list[str], text: str, config: LauncherConfig) -> None:
+    """Hand the manifest of the JobSets that are called so to the cluster.
 
     Raises:
-        UserError: kubectl is missing, or the cluster refuses the manifest.
+        UserError: kubectl is missing, one of them is there, running or done, or the cluster refuses the manifest.
     """
     need("kubectl", ELSEWHERE)
-    output(["kubectl", *_namespace(config.kubernetes.namespace), "apply", "--filename=-"], text, wrong=UserError)
+    kubectl = ["kubectl", *_namespace(config.kubernetes.namespace)]
+    there = output([*kubectl, "get", "jobsets", *names, "--ignore-not-found", "--output=name"], wrong=UserError)
+    if there:  # Applied again it would not begin again.
+        found = ", ".join(line.rpartition("/")[2] for line in there.splitlines())
+        raise UserError(
+            f"{found}: in the cluster already; `crossguard launch cancel` removes it, and what it saved stays"
+        )
+    output([*kubectl, "create", "--filename=-"], text, wrong=UserError)
 
 
 def status(names: list[str], namespace: str | None) -> str:

@@ -24,7 +24,7 @@ from crossguard.configs.errors import (
     UserError,
 )
 from crossguard.configs.schema import LauncherConfig
-from crossguard.launchers.torchrun import SECONDS_TO_MEET, endpoint_is_here, endpoint_of, port_in_use
+from crossguard.launchers.torchrun import SECONDS_TO_MEET, endpoint_is_here, endpoint_of, listen, port_in_use
 
 GREETING = b"crossguard\n"
 SECONDS_TO_GREET = 5.0
@@ -52,7 +52,7 @@ def at_work(config: LauncherConfig) -> Iterator[None]:
         return
     status, others = EXIT_FAILED, list[socket.socket]()
     try:
-        listener = _listen(endpoint_of(config)[1])
+        listener = listen(endpoint_of(config)[1])
     except OSError:
         raise port_in_use(config) from None
     with listener:
@@ -94,11 +94,6 @@ def wait(config: LauncherConfig, what: str) -> None:
     if status:
         kind = {EXIT_USER_ERROR: UserError, EXIT_PREEMPTED: Preempted}.get(status, JobError)
         raise kind(f"{what}: ended on the node of {endpoint}, which says why")
-
-
-def _listen(port: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
 
 def _welcome(listener: socket.socket, others: list[socket.socket]) -> None:

@@ -66,8 +66,8 @@ def submit(submission: Submission, config: LauncherConfig) -> dict[str, Any]:
     if config.name == "kubernetes":
         text = kubernetes.manifest(submission.works, config)
         _keep(submission.folder / "jobset.yaml", text)
-        kubernetes.submit(text, config)
         names = [work.name for work in submission.works]
+        kubernetes.submit(names, text, config)
         return {"launcher": "kubernetes", "jobs": names, "namespace": config.kubernetes.namespace}
     jobs: list[str] = []
     for name, text in _scripts(submission, config):
@@ -77,7 +77,7 @@ def submit(submission: Submission, config: LauncherConfig) -> dict[str, Any]:
 
 
 def is_active(record: dict[str, Any]) -> bool:
-    """Whether what was submitted still waits or runs; only SLURM would start it twice."""
+    """Whether what was submitted still waits or runs; in Kubernetes its name is taken."""
     return record["launcher"] == "slurm" and any(sbatch.is_active(job) for job in record["jobs"])
 
 

@@ -96,8 +96,11 @@ def check_port(config: LauncherConfig) -> None:
     Raises:
         UserError: the nodes would meet at this one, and another program has the port.
     """
-    if config.nodes > 1 and endpoint_is_here(config) and not _may_listen(*endpoint_of(config)):
-        raise port_in_use(config)
+    if config.nodes > 1 and endpoint_is_here(config):
+        try:
+            listen(endpoint_of(config)[1]).close()
+        except OSError:
+            raise port_in_use(config) from None
 
 
 def port_in_use(config: LauncherConfig) -> UserError:
@@ -115,19 +118,25 @@ def endpoint_of(config: LauncherConfig) -> tuple[str, int]:
 
 
 def endpoint_is_here(config: LauncherConfig) -> bool:
-    """Whether the endpoint names this machine; not where nobody knows its name, which may come to be known."""
-    return _may_listen(endpoint_of(config)[0], 0)
+    """Whether the endpoint names this machine, by its own name or by one of its addresses."""
+    host, own = endpoint_of(config)[0], socket.gethostname()
+    # In a pod that has just started the name of the endpoint leads nowhere yet, even if it is its own.
+    return host == own or host.startswith(f"{own}.") or _is_own_address(host)
 
 
-def _may_listen(host: str, port: int) -> bool:
-    """Whether this machine has an address of the host, with the port free; 0 is always free."""
+def listen(port: int) -> socket.socket:
+    """Listen on a port at all addresses, as torchrun's store does; OSError where another program does."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _is_own_address(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:
         return False
     for family, kind, protocol, _, address in found:
         with socket.socket(family, kind, protocol) as listener, contextlib.suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             return True
     return False

@@ -62,7 +62,8 @@ def test_what_kubectl_is_told(
     program = tmp_path / "bin" / "kubectl"
     program.parent.mkdir()
     program.write_text(
-        f'#!/bin/sh\necho "$*" >> {tmp_path}/told\ncase "$*" in *apply*) cat > {tmp_path}/given ;; esac\n'
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/told\ncase "$*" in *create*) cat > {tmp_path}/given ;; '
+        f"*--output=name*) cat {tmp_path}/there ;; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
@@ -71,6 +72,10 @@ def test_what_kubectl_is_told(
         *(f"launcher.kubernetes.volumes={{{tmp_path}: claim}}", "launcher.kubernetes.namespace=training"),
     ]
     manifest = printed(capsys, *arguments, *settings)
+    (tmp_path / "there").write_text("jobset.jobset.x-k8s.io/mine\n")
+    with pytest.raises(UserError, match="^mine: in the cluster already; `crossguard launch cancel` removes it"):
+        launch([*arguments, *settings])
+    (tmp_path / "there").write_text("")
     launch([*arguments, *settings])
     name = yaml.safe_load(manifest)["metadata"]["name"]
     assert (tmp_path / "given").read_text() == manifest == (tmp_path / "runs/My_job/launch/jobset.yaml").read_text()
@@ -78,8 +83,11 @@ def test_what_kubectl_is_told(
     for question in ("status", "logs", "cancel"):
         launch([question, arguments[-1]])
     pods = f"--selector=jobset.sigs.k8s.io/jobset-name in ({name})"
+    asked = f"--namespace=training get jobsets {name} --ignore-not-found --output=name"
     assert (tmp_path / "told").read_text().splitlines() == [
-        "--namespace=training apply --filename=-",
+        asked,
+        asked,
+        "--namespace=training create --filename=-",
         f"--namespace=training get jobsets {name}",
         f"--namespace=training get pods {pods}",
         f"--namespace=training logs {pods} --prefix --tail=100",

@@ -402,6 +402,10 @@ def test_a_port_in_use_is_named() -> None:
             torchrun.check_port(config)
         assert slurm.free_port() != port
     torchrun.check_port(config)
+    # A name that leads nowhere yet may still be this machine's own.
+    for host, here in [(socket.gethostname(), True), (f"{socket.gethostname()}.job", True), ("x.invalid", False)]:
+        named = LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint=f"{host}:{port}"))
+        assert torchrun.endpoint_is_here(named) == here
     # That of another machine is not looked at here.
     torchrun.check_port(LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint="192.0.2.77:1")))
 
