@@ -29,6 +29,8 @@ from crossguard.launchers.torchrun import SECONDS_TO_MEET, endpoint_is_here, end
 GREETING = b"crossguard\n"
 SECONDS_TO_GREET = 5.0
 SECONDS_BETWEEN_TRIES = 0.5
+# Work that failed at once: nodes that were started together are to hear of it.
+SECONDS_FOR_OTHERS = 30.0
 # A node that has lost its power closes no connection: after so long without an answer it is taken for dead.
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
 
@@ -63,6 +65,9 @@ def at_work(config: LauncherConfig) -> Iterator[None]:
             status = 0
         except CrossguardError as error:
             status = error.exit_status
+            deadline = time.monotonic() + SECONDS_FOR_OTHERS
+            while len(others) < config.nodes - 1 and time.monotonic() < deadline:
+                time.sleep(SECONDS_BETWEEN_TRIES)
             raise
         finally:
             listener.shutdown(socket.SHUT_RDWR)

@@ -11,6 +11,7 @@ from launch_arguments import arguments, printed
 
 from crossguard.configs.compose import compose
 from crossguard.configs.errors import UserError
+from crossguard.launchers.supervised import SECONDS_TO_END
 from crossguard.recipes.launching import launch
 
 __all__ = ["arguments"]  # a fixture
@@ -33,7 +34,8 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
     assert [job["template"]["spec"]["completions"] for job in jobs] == [1, 2, 2, 1]
     assert [job.get("dependsOn", [{}])[0].get("name") for job in jobs] == [None, "build", "train", "evaluate"]
     pod = jobs[1]["template"]["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > 200
+    # The launcher waits so long for its ranks, and once more for what has started them.
+    assert pod["terminationGracePeriodSeconds"] > 200 + 2 * SECONDS_TO_END
     container = pod["containers"][0]
     assert container["resources"]["limits"] == {"memory": "64Gi", "cpu": "32", "nvidia.com/gpu": "4"}
     reference = {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
