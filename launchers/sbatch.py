@@ -161,10 +161,10 @@ def is_active(job: str) -> bool:
 
 
 def status(job: str) -> str:
-    """A line for each job of the number: its state, why it waits, where it runs, and how long already."""
+    """A line for each job of the number: its state, why it waits, where it runs, and how long already; or its end."""
     fields = "%i|%T|%r|%M|%l|%N"
     if not is_active(job):
-        return f"{job}: neither waits nor runs any more; see `crossguard launch logs`, and sacct where it is set up"
+        return _end(job)
     rows = output(["squeue", "--noheader", "--array", f"--jobs={job}", f"--format={fields}"]).splitlines()
     lines = []
     for row in rows:
@@ -172,6 +172,21 @@ def status(job: str) -> str:
         where = f" on {nodes}" if nodes else ""
         why = f" ({reason})" if state == "PENDING" else ""
         lines.append(f"{number}: {state.lower()}{why}{where}, {ran} of {limit}")
+    return "\n".join(lines)
+
+
+def _end(job: str) -> str:
+    """How the jobs of the number ended, which SLURM itself knows for some minutes (its MinJobAge)."""
+    try:
+        rows = output(["scontrol", "--oneliner", "show", "job", job]).splitlines()
+    except JobError:
+        return f"{job}: neither waits nor runs any more; see `crossguard launch logs`, and sacct where it is set up"
+    lines = []
+    for row in rows:
+        known = dict(word.partition("=")[::2] for word in row.split())
+        number = f"{known['ArrayJobId']}_{known['ArrayTaskId']}" if "ArrayTaskId" in known else known["JobId"]
+        status = known["ExitCode"].partition(":")[0]
+        lines.append(f"{number}: {known['JobState'].lower()}, exit status {status}; see `crossguard launch logs`")
     return "\n".join(lines)
 
 

@@ -364,16 +364,17 @@ def endpoint() -> Iterator[LauncherConfig]:
 
 
 @pytest.mark.parametrize("error", [None, UserError, Preempted, JobError, ZeroDivisionError])
-def test_nodes_wait_for_the_one_that_builds(error: type[Exception] | None) -> None:
+def test_nodes_wait_for_the_one_that_builds(error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_node, "SECONDS_BETWEEN_TRIES", 0.1)
     with endpoint() as config, ThreadPoolExecutor() as pool:
         assert one_node.is_here(config)
         waiting = pool.submit(one_node.wait, config, "build")
-        time.sleep(0.1)  # It has tried in vain, and tries again after the work has failed at once.
+        time.sleep(0.05)  # It has tried in vain, and tries again after the work has failed at once.
         with suppress(CrossguardError, ZeroDivisionError), one_node.at_work(config):
             with pytest.raises(UserError, match="another program listens on port"), one_node.at_work(config):
                 pass
             if error is None or not issubclass(error, CrossguardError):
-                time.sleep(2 * one_node.SECONDS_BETWEEN_TRIES)
+                time.sleep(0.3)
                 assert not waiting.done()
             if error:
                 raise error("the disk is full")

@@ -91,7 +91,7 @@ def test_a_job_that_is_asked_to_stop_comes_back(cluster: Cluster, expected: list
     said = cluster.ask("logs", "asked")
     assert said.count("train: going on after step") == 1
     assert "export: bundle ->" in said
-    assert "neither waits nor runs" in cluster.ask("status", "asked")
+    assert f"{number}: completed, exit status 0" in cluster.ask("status", "asked")
     assert losses(cluster.folder, "asked") == expected
 
 
@@ -183,7 +183,8 @@ def test_a_sweep_is_an_array_on_shards_that_are_built_once(cluster: Cluster) -> 
     of_each = [losses(folder, name) for name in ("train.lr-0.01", "train.lr-0.001")]
     assert of_each[0] != of_each[1]
     assert not (folder / "train.lr-0.01" / "shards").exists()
-    assert array in cluster.ask("status", "sweep")
+    assert f"{build}: completed, exit status 0" in cluster.ask("status", "sweep")
+    assert all(f"{array}_{task}: completed, exit status 0" in cluster.ask("status", "sweep") for task in (0, 1))
 
 
 def _slurm(*line: str) -> str:
