@@ -51,13 +51,14 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
     """Run `python -m crossguard.train ARGUMENTS` on the ranks of all hosts and wait for the end.
 
     Raises:
-        UserError: the hostfile is wrong, or a program is missing; a rank ended with exit status 2.
+        UserError: the hostfile is wrong, a program is missing, or a host; a rank ended with exit status 2.
         Preempted, JobError: see `supervised.run`.
     """
     hosts = hosts_of(config)
     need("pkill", "launcher=deepspeed asks its ranks to stop through it (apt install procps)")
     if hosts:
         need("pdsh", "launcher=deepspeed reaches the hosts through it (apt install pdsh)")
+        _check_hosts(hosts, config)
     per_host = max(map(len, hosts.values())) if hosts else num_procs
     with environment_file(run_dir, exported(config, per_host)) as file:
         token = f"environment={file}"
@@ -122,7 +123,25 @@ def _to_ranks(sent: signal.Signals, token: str, hosts: Slots) -> list[str]:
     return ["pdsh", "-w", ",".join(hosts), shlex.join(line)] if hosts else line
 
 
-def _for_pdsh(config: LauncherConfig) -> dict[str, str]:
+def _check_hosts(hosts: Slots, config: LauncherConfig) -> None:
+    """
+    Raises:
+        UserError: a host does not let this one in without a password, or lacks Python or the working directory.
+    """
+    line = ["pdsh", "-w", ",".join(hosts), shlex.join(["ls", "-d", sys.executable, os.getcwd()])]
+    options = _for_pdsh(config, "-oBatchMode=yes", f"-oConnectTimeout={SECONDS_TO_REACH_HOSTS / 2:.0f}")
+    place = f"{config.deepspeed.hostfile}: host"
+    try:
+        done = subprocess.run(line, env=options, capture_output=True, text=True, timeout=SECONDS_TO_REACH_HOSTS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{place}s: do not all answer over ssh within {SECONDS_TO_REACH_HOSTS:.0f} s") from None
+    failed = re.search(r"^pdsh@\S+: (\S+): ssh exited with exit code \d+$", done.stderr, re.MULTILINE)
+    if failed:
+        said = re.search(rf"^{re.escape(failed[1])}: (.+)$", done.stderr, re.MULTILINE)
+        raise UserError(f"{place} '{failed[1]}': {said[1] if said else 'cannot be reached over ssh'}")
+
+
+def _for_pdsh(config: LauncherConfig, *options: str) -> dict[str, str]:
     port = config.deepspeed.ssh_port
-    own = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    return os.environ | {"PDSH_RCMD_TYPE": "ssh"} | ({"PDSH_SSH_ARGS_APPEND": f"{own} -p {port}"} if port else {})
+    own = [os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *options, *([f"-p {port}"] if port else [])]
+    return os.environ | {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(own).strip()}

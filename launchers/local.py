@@ -1,4 +1,8 @@
-"""Ranks on this machine: watched, started again when one is lost, and given time to save when the job is preempted."""
+"""Ranks on this machine: watched, started again when one is lost, and given time to save when the job is preempted.
+
+torchrun's agent (`launcher=torchrun`) would import torch before it starts them, seconds later, and knows neither which
+errors are worth another start nor how to use fewer ranks.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PORTS = range(15000, 32000)
 SECONDS_AFTER_THE_FIRST = 180
 # Lines of SLURM itself, and those where ranks have ended.
 OWN = r"(srun|slurmstepd\S*): "
-ENDED = r"srun: error: \S+: tasks? \S+: Exited with exit code (\d+)"
+ENDED = r"srun: error: \S+: tasks? \S+: (?:Exited with exit code )?(\d+|[A-Z][^()]*\w)"
 
 
 def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir: Path) -> None:

@@ -192,6 +192,20 @@ def _command_lines() -> Iterator[str]:
 
 
 @pytest.mark.launchers
+def test_a_host_that_cannot_be_reached_is_named(hosts: list[Host], folder: Path, reachable: dict[str, str]) -> None:
+    hostfile = folder / "unknown-hosts"
+    hostfile.write_text(f"{hosts[0].address} slots=1\nunknown.invalid slots=1\n")
+    ours = [*over_ssh(hosts, folder), f"launcher.deepspeed.hostfile={hostfile}"]
+    line = ["crossguard", "train", *job(folder, "unknown", *ours)]
+    text = said(folder, "unknown", 0)
+    assert hosts[0].start(line, text, cwd=HERE, env=reachable).wait(60) == EXIT_USER_ERROR
+    assert text.read_text().startswith(
+        f"crossguard: {hostfile}: host 'unknown.invalid': ssh: Could not resolve hostname"
+    )
+    assert text.read_text().count("\n") == 1
+
+
+@pytest.mark.launchers
 def test_deepspeed_is_stopped_and_goes_on(
     hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str]
 ) -> None:

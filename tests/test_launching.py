@@ -453,9 +453,13 @@ def test_what_srun_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[
         output.hear("srun: error: n2: task 1: Exited with exit code 75")
         assert output.overdue()
         output.hear("srun: error: n1: tasks 0,2: Exited with exit code 2")
+        output.hear("srun: error: n1: task 3: Killed")
+        output.hear("srun: error: n1: task 4: Segmentation fault (core dumped)")
+        output.hear("srun: error: n1: task 5: Out Of Memory")
+        output.hear("srun: error: Node failure on n2")
     assert capsys.readouterr().err == "train: 6/6 steps\n"
-    assert output.statuses == {EXIT_PREEMPTED, EXIT_USER_ERROR}
-    assert len((tmp_path / "logs" / "srun.log").read_text().splitlines()) == 2
+    assert output.statuses == {EXIT_PREEMPTED, EXIT_USER_ERROR, 128 + signal.SIGKILL, 128 + signal.SIGSEGV}
+    assert len((tmp_path / "logs" / "srun.log").read_text().splitlines()) == 6
 
 
 def test_what_deepspeed_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
