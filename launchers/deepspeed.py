@@ -28,8 +28,8 @@ from crossguard.launchers.programs import need
 from crossguard.launchers.supervised import Child, restarting, run
 
 SECONDS_TO_REACH_HOSTS = 30.0
-# Lines of DeepSpeed itself, and that of pdsh where a host has ended.
-OWN = r"\[\d{4}-\d\d-\d\d \S+ \[[A-Z]+\]"
+# Lines of DeepSpeed and of pdsh, and that where a host has ended.
+OWN = r"\[\d{4}-\d\d-\d\d \S+ \[[A-Z]+\]|pdsh@\S+: "
 ENDED = r"pdsh@\S+: \S+: ssh exited with exit code (\d+)"
 
 

@@ -17,7 +17,7 @@ from launched_job import HERE, Launched, job, losses, wait_for
 from two_hosts import SSH_PORT, Host, ssh_between, two_hosts
 from waiting_loss import wait_in
 
-from crossguard.configs.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 
 SECRET = "not-for-command-lines"
@@ -275,6 +275,20 @@ def test_torchrun_goes_on_without_a_host_that_died(hosts: list[Host], folder: Pa
     assert "train: going on after step" in text.read_text()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 61))
+
+
+@pytest.mark.launchers
+def test_torchrun_ends_where_the_host_of_the_endpoint_died(hosts: list[Host], folder: Path) -> None:
+    waiting = wait_in(folder / "gone-waits", 1)
+    processes = torchrun(hosts, folder, "gone", waiting, "launcher.max_restarts=3", "launcher.torchrun.min_nodes=1")
+    wait_for((folder / "gone-waits" / "waiting-0").exists, said(folder, "gone", 0).read_text)
+    processes[0].kill()  # and with it all that it has started
+    assert ended(folder, "gone", processes)[1] == EXIT_FAILED
+    lines = said(folder, "gone", 1).read_text().splitlines()
+    assert "crossguard: the node of launcher.torchrun.endpoint is gone" in lines
+    assert lines[-1].startswith(
+        "crossguard: ranks lost contact with each other; see logs/ in the run directory; start again"
+    )
 
 
 @pytest.mark.launchers

@@ -466,8 +466,9 @@ def test_what_deepspeed_says_is_sorted(tmp_path: Path, capsys: pytest.CaptureFix
     with LauncherOutput(tmp_path / "log", deepspeed.OWN, deepspeed.ENDED, grace_seconds=0) as output:
         output.hear("[2026-11-22 07:46:28,570] [ERROR] [launch.py:259:sigkill_handler] exits with return code = 2")
         output.hear("pdsh@vm: 10.77.0.2: ssh exited with exit code 2")
+        output.hear("pdsh@vm: interrupt (one more within 1 sec to abort)")
         output.hear("crossguard: rank 1: wrong")
     assert capsys.readouterr().err == "crossguard: rank 1: wrong\n"
     assert output.statuses == {EXIT_USER_ERROR}
     assert not output.overdue()  # Others may still be on their way.
-    assert len((tmp_path / "log").read_text().splitlines()) == 2
+    assert len((tmp_path / "log").read_text().splitlines()) == 3
