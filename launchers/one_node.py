@@ -32,7 +32,7 @@ SECONDS_BETWEEN_TRIES = 0.5
 # Work that failed at once: nodes that were started together are to hear of it.
 SECONDS_FOR_OTHERS = 30.0
 # A node that has lost its power closes no connection: after so long without an answer it is taken for dead.
-KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
 def is_here(config: LauncherConfig) -> bool:
@@ -120,7 +120,8 @@ def _status(first: socket.socket) -> int | None:
     first.settimeout(None)
     first.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEP_ALIVE.items():
-        first.setsockopt(socket.IPPROTO_TCP, option, value)
+        if hasattr(socket, option):  # not on every system
+            first.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     with contextlib.suppress(OSError):
         return int(first.recv(16) or EXIT_FAILED)
     return EXIT_FAILED
