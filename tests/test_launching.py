@@ -53,10 +53,11 @@ def test_local_ranks_are_what_run_starts(arguments: list[str], capsys: pytest.Ca
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_what_would_run_are_the_stages_in_their_order(
-    launcher: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    launcher: str, arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    lines = printed(capsys, *arguments, f"launcher={launcher}", "launcher.num_procs=2", "description=a b").splitlines()
-    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
+    settings = ["launcher.num_procs=2", "launcher.deepspeed.export=[WANDB_API_*]", "description=a b"]
+    lines = printed(capsys, *arguments, f"launcher={launcher}", *settings).splitlines()
+    commands = [words for words in map(shlex.split, lines) if "recipe=tiny.yaml" in words]
     assert [next(word.removeprefix("stage=") for word in words if word in STAGES) for words in commands] == [
         "build",
         "train",
@@ -64,6 +65,11 @@ def test_what_would_run_are_the_stages_in_their_order(
         "export",
     ]
     assert all("description=a b" in words for words in commands)
+    if launcher == "deepspeed":  # What goes to the ranks through a file is there for as long as they need it.
+        file = f"{tmp_path}/runs/My_job/.environment-printed.json"
+        assert shlex.split(lines[1])[-3:] == [file, "WANDB_API_KEY", "OMP_NUM_THREADS"]
+        assert all(f"environment={file}" in words for words in commands[1:3])
+        assert lines[-1] == f"rm {file}"
 
 
 STAGES = {"build", "export", "train", "evaluate", "stage=train", "stage=evaluate"}
