@@ -17,10 +17,10 @@ from crossguard.configs.schema import Config
 from crossguard.train import preemption
 
 logger = logging.getLogger(__name__)
-INIT_SECONDS = 30.0
-CLOSE_SECONDS = 120.0
 # What a rank has left to do when it was asked to stop and the tracker is closed.
 SECONDS_TO_END = 5.0
+INIT_SECONDS = 30.0
+CLOSE_SECONDS = 120.0
 
 
 class Tracker(Protocol):
