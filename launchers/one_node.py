@@ -37,7 +37,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 def is_here(config: LauncherConfig) -> bool:
     """Whether this node is the one; where there are no others it is."""
-    if config.name != "torchrun" or config.nodes == 1:
+    if _is_alone(config):
         return True
     return endpoint_is_here(config) if config.torchrun.node_rank is None else config.torchrun.node_rank == 0
 
@@ -49,7 +49,7 @@ def at_work(config: LauncherConfig) -> Iterator[None]:
     Raises:
         UserError: another program has the endpoint's port.
     """
-    if config.name != "torchrun" or config.nodes == 1:
+    if _is_alone(config):
         yield
         return
     status, others = EXIT_FAILED, list[socket.socket]()
@@ -99,6 +99,11 @@ def wait(config: LauncherConfig, what: str) -> None:
     if status:
         kind = {EXIT_USER_ERROR: UserError, EXIT_PREEMPTED: Preempted}.get(status, JobError)
         raise kind(f"{what}: ended on the node of {endpoint}, which says why")
+
+
+def _is_alone(config: LauncherConfig) -> bool:
+    """Whether the command is started on one node only; other launchers reach the others by themselves."""
+    return config.name != "torchrun" or config.nodes == 1
 
 
 def _welcome(listener: socket.socket, others: list[socket.socket]) -> None:
