@@ -10,7 +10,6 @@ asks the ranks itself, by SIGUSR1; their status comes back as that of `deepspeed
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import re
 import shlex
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
-from crossguard.launchers.environment import environment_file, environment_of
+from crossguard.launchers.environment import environment_file, environment_of, matching
 from crossguard.launchers.hostfile import Slots, chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
 from crossguard.launchers.programs import need
@@ -109,9 +108,7 @@ def _for_remote_shell(argument: str) -> str:
 
 def exported(config: LauncherConfig, num_procs: int) -> dict[str, str]:
     """The environment variables that the ranks get."""
-    names = [name for name in os.environ if any(fnmatch.fnmatchcase(name, key) for key in config.deepspeed.export)]
-    names = [name for name in names if name != "CUDA_VISIBLE_DEVICES"]  # DeepSpeed's, from the slots of each host
-    return {name: os.environ[name] for name in names} | environment_of(config, num_procs)
+    return matching(config.deepspeed.export) | environment_of(config, num_procs)
 
 
 def _to_ranks(sent: signal.Signals, token: str, hosts: Slots) -> list[str]:

@@ -1,16 +1,17 @@
 """Environment variables of a job.
 
-`python -m crossguard.launchers.environment FILE NAME…` writes those that are named as the ranks of another machine take
-them: into a file that only the user may read.
+`python -m crossguard.launchers.environment FILE PATTERN…` writes those whose names fit, as the ranks of another machine
+take them: into a file that only the user may read.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def environment_of(config: LauncherConfig, num_procs: int) -> dict[str, str]:
     """What each of `num_procs` ranks of a machine gets, beside what there is: threads, and the configuration's own."""
     threads = config.threads_per_proc or max(1, usable_cores() // num_procs)
     return {"OMP_NUM_THREADS": str(threads)} | config.environment
+
+
+def matching(patterns: Iterable[str]) -> dict[str, str]:
+    """The variables of this process whose names fit a pattern (`NCCL_*`)."""
+    names = [name for name in os.environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    # Which GPUs a rank of another machine sees is for that machine to say.
+    return {name: os.environ[name] for name in names if name != "CUDA_VISIBLE_DEVICES"}
 
 
 @contextmanager
@@ -41,14 +49,10 @@ def _write(file: Path, variables: dict[str, str]) -> None:
         json.dump(variables, opened)
 
 
-def main(file: str, *names: str) -> None:
+def main(file: str, *patterns: str) -> None:
     """Write the file."""
-    if missing := [name for name in names if name not in os.environ]:
-        sys.exit(
-            f"crossguard: {', '.join(missing)}: not set, which would be handed to the ranks; set it, or print again"
-        )
     try:
-        _write(Path(file), {name: os.environ[name] for name in names})
+        _write(Path(file), matching(patterns))
     except FileExistsError:
         sys.exit(f"crossguard: {file}: left by another start of this job; remove it when that has ended")
 

@@ -135,8 +135,9 @@ def _with_environment_file(stages: list[Stage], submission: Submission, config: 
     """The command lines of the stages, with what deepspeed's ranks get through a file."""
     num_procs = procs_per_node(config)
     file = submission.folder.parent / ".environment-printed.json"
-    own, names = environment_of(config, num_procs), deepspeed.exported(config, num_procs)
-    write = _with([sys.executable, "-m", "crossguard.launchers.environment", os.fspath(file), *names], own)
+    own = environment_of(config, num_procs)
+    patterns = [*config.deepspeed.export, *own]
+    write = _with([sys.executable, "-m", "crossguard.launchers.environment", os.fspath(file), *patterns], own)
     lines = [_line(stage, config, {}, f"environment={file}") for stage in stages]
     return [
         "# The ranks get these variables through a file that only you may read.",
