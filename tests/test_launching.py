@@ -75,7 +75,9 @@ def test_torchrun_s_own_arguments(arguments: list[str], capsys: pytest.CaptureFi
     ):
         assert expected in train
     fixed = ["launcher.nodes=2", "launcher.torchrun.node_rank=1", meeting[0]]
-    train = printed(capsys, *arguments, "launcher=torchrun", *fixed).splitlines()[1]
+    which, train, evaluate = printed(capsys, *arguments, "launcher=torchrun", *fixed).splitlines()
+    assert which.startswith("# For this node, any other than that of the endpoint, which builds and exports")
+    assert "stage=evaluate" in evaluate
     assert "--nnodes=2 --rdzv-backend=static --node-rank=1 --master-addr=node0 --master-port=29400" in train
 
 
