@@ -174,18 +174,16 @@ class EmbeddingCache:
     def _key(self) -> str:
         """A hash of all that decides an embedding, beside the post."""
         described = asdict(without_pretrained(self.config.model, self.model))
-        for settings in described.values():
-            if isinstance(settings, dict) and isinstance(settings.get("config"), dict):
-                settings["config"].pop("_name_or_path", None)
-        groups = {FRONTS.get(name, name) for name in self.seam.frozen}
+        settings = {group: described[group] for group in sorted({FRONTS.get(name, name) for name in self.seam.frozen})}
+        for values in settings.values():  # Where it lies decides nothing; the tokenizer is part of the encoding.
+            values.pop("tokenizer", None)
+            values.get("config", {}).pop("_name_or_path", None)
         decides = {
             "version": VERSION,
             "encode": self.encode.fingerprint,
             "seam": asdict(self.seam),
             "precision": self.config.train.precision,
-            "settings": {
-                name: described[name] for name in sorted({FRONTS.get(name, name) for name in self.seam.frozen})
-            },
+            "settings": settings,
             "weights": self._weights_hash(),
         }
         return blake3(json.dumps(decides, sort_keys=True).encode()).hexdigest(16)

@@ -149,7 +149,7 @@ def _shared_parts(earlier: Earlier, config: ModelConfig, model: Classifier) -> l
     parts = [name for name in config.modalities if name in earlier.model.modalities]
     if not parts:
         raise _refusal(earlier, f"model.modalities: it looks at {', '.join(earlier.model.modalities)} only")
-    if list(config.modalities) == list(earlier.model.modalities):
+    if set(config.modalities) == set(earlier.model.modalities):
         parts.append("fusion")
     ours = tensor_shapes(model)
     for part in parts:
@@ -195,9 +195,11 @@ def _rows_by_meaning(earlier: Earlier) -> dict[str, tuple[str, int]]:
 def _with_rows(fresh: torch.Tensor, rows: list[tuple[str, int] | None], earlier: Earlier) -> torch.Tensor:
     """`fresh`, with the rows that the earlier model has."""
     joined = fresh.clone()
+    stored = {name: earlier.read(name) for name in {found[0] for found in rows if found is not None}}
     for number, found in enumerate(rows):
         if found is not None:
-            joined[number] = earlier.read(found[0])[found[1]]
+            name, row = found
+            joined[number] = stored[name][row]
     return joined
 
 
