@@ -27,11 +27,11 @@ from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import Config
 from crossguard.train import phases, preemption
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.metrics_log import metrics_file, samples_file
 from crossguard.train.ranks import Ranks, end_process, init_ranks
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.training import run_training
 
 STEPS = 8

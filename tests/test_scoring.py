@@ -23,13 +23,13 @@ from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.ranks import Ranks
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.trained import load_trained
 
 

@@ -19,7 +19,7 @@ from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import watchdog
-from crossguard.train.checkpoint import best_valid, load_weights
+from crossguard.train.checkpoint import best_valid
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
@@ -35,6 +35,7 @@ from crossguard.train.models import Classifier
 from crossguard.train.models.withheld import Withheld
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.tracking import open_tracker
 from crossguard.train.trained import load_trained
 

@@ -22,6 +22,8 @@ class Fusion(nn.Module):
     """Tokens of every modality in, one vector a post out: what all kinds share."""
 
     output_width: int
+    # Whether it looks at more than the summaries.
+    reads_tokens = True
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         """
@@ -63,6 +65,8 @@ class Fusion(nn.Module):
 class Late(Fusion):
     """The summaries side by side: a linear head over them is a sum of the modalities' logits."""
 
+    reads_tokens = False
+
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
         # One norm for each: a common one would divide a modality by the spread of the others.
@@ -79,6 +83,8 @@ class Gated(Fusion):
 
     Gates lie between 0 and 2: where nothing is learned yet they let features through as they are.
     """
+
+    reads_tokens = False
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
@@ -132,6 +138,7 @@ class Joint(Fusion):
         width = config.width
         self.first = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.reads_tokens = bool(self.blocks)
         self.factors = nn.ModuleDict({name: nn.Linear(width, width) for name in widths} if len(widths) > 1 else {})
         self.output_width = width * (1 + len(widths) + bool(self.factors))
         self.norm = nn.LayerNorm(self.output_width)
