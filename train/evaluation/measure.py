@@ -18,9 +18,11 @@ from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.compare import compare, read_run
+from crossguard.train.evaluation.conditions import DISGUISED, UnderConditions
 from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
+from crossguard.train.evaluation.evasion import measure_evasion
 from crossguard.train.evaluation.metrics import evaluate_predictions
 from crossguard.train.evaluation.plots import Panel
 from crossguard.train.evaluation.predictions import Predictions
@@ -28,7 +30,7 @@ from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logis
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.routing import measure_routing
 from crossguard.train.evaluation.sampling_prior import Shifts, sampling_shifts
-from crossguard.train.evaluation.splits import TRAIN, VALIDATION
+from crossguard.train.evaluation.splits import TRAIN, VALIDATION, primary_split
 from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
 # What the run's own model is called beside its ablations and references.
@@ -56,6 +58,7 @@ def measure(
     scored: dict[str, Scored],
     ablations: list[str],
     suite: list[Predictions],
+    changed: Mapping[str, UnderConditions],
 ) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
@@ -67,6 +70,7 @@ def measure(
         scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
         ablations: their names.
         suite: predictions on the functional suite, if there is one.
+        changed: name -> predictions on the primary split under conditions, of the same models.
 
     Returns:
         The content of metrics.json, and the report's plots by section.
@@ -75,12 +79,18 @@ def measure(
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
     metrics = _figures(config, posts, scored, references, step)
+    if config.evaluation.attacks:
+        decisions = Decisions.from_json(metrics["decisions"]) if "decisions" in metrics else None
+        metrics["evasion"] = _evasion(scored[MODEL], changed[MODEL], decisions, config)
     if suite:
         validation = scored[MODEL].get(VALIDATION)
         thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
         metrics["suite"] = measure_suite(suite, Path(str(config.evaluation.suite)).name, thresholds)
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
+        if config.evaluation.attacks:
+            for name, found in metrics["ablations"].items():
+                found["evasion"] = _evasion(scored[name], changed[name], None, config)
     if references:
         fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
         metrics["references"] = {
@@ -144,6 +154,11 @@ def _measure_routing(
         splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, config.evaluation)
 
 
+def _evasion(scored: Scored, changed: UnderConditions, decisions: Decisions | None, config: Config) -> dict[str, Any]:
+    split = primary_split(scored)
+    return measure_evasion(scored, split, changed[DISGUISED], decisions, config.evaluation)
+
+
 def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bool = False) -> dict[str, Any]:
     return {
         split: evaluate_predictions(predictions, config.evaluation, in_detail=in_detail)
@@ -154,5 +169,5 @@ def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bo
 def _beside(scored: Scored, config: Config) -> dict[str, Any]:
     """What is shown beside the model: the macro means of the test split (or the first), and every split's metrics."""
     splits = _metrics(scored, config)
-    shown = splits.get("test") or next(iter(splits.values()))
+    shown = splits[primary_split(splits)]
     return {name: shown[name] for name in ("macro", "macro_policy_language") if name in shown} | {"splits": splits}

@@ -17,12 +17,14 @@ from crossguard.configs.schema.evaluation import COUNTS
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.manifest import Manifest
-from crossguard.train.evaluation.findings import find, in_words, primary_split
+from crossguard.train.evaluation.findings import find, in_words
 from crossguard.train.evaluation.plots import Line, Panel, curve_panels, history_panel
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
 from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
+from crossguard.train.evaluation.report_evasion import evasion_tables
 from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
+from crossguard.train.evaluation.splits import primary_split
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRIC_NAMES = {
@@ -90,7 +92,7 @@ def write_report(run_dir: Path, evaluated: Evaluated) -> dict[str, list[Panel]]:
 
 def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
     metrics, manifest = evaluated.metrics, evaluated.manifest
-    split = primary_split(metrics)
+    split = primary_split(metrics["splits"])
     train_languages = {
         name.rpartition("/")[0]
         for shard in manifest.shards_of("train")
@@ -119,6 +121,7 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "review": review_panels(metrics["splits"][split]),
         "cascade": cascade_panels(metrics["splits"][split]),
         "suites": suite_tables(metrics),
+        "evasion": evasion_tables(metrics),
         "errors": worst_errors(
             next(iter(evaluated.predictions.values()))[split],
             evaluated.readers[split] if evaluated.config.evaluation.show_texts else None,

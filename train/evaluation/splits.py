@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.configs.suggest import did_you_mean
 from crossguard.data.shards.manifest import Manifest
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+def primary_split(splits: Collection[str]) -> str:
+    """The split that the summary speaks of: test, else the first."""
+    return TEST if TEST in splits else next(iter(splits))
 
 
 def evaluated_splits(config: Config, manifest: Manifest) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from crossguard.train import watchdog
 from crossguard.train.checkpoint import best_valid, load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
+from crossguard.train.evaluation.conditions import UnderConditions, conditions_of
 from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
-from crossguard.train.evaluation.splits import evaluated_splits
+from crossguard.train.evaluation.splits import evaluated_splits, primary_split
 from crossguard.train.evaluation.suite import FIELDS, suite_readers
 from crossguard.train.evaluation.tracked import track_report
 from crossguard.train.inputs import warn_of_lost
@@ -62,6 +64,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             model = Scorer.load(run_dir, checkpoint, config.model, config, posts, ranks)
             suite = [model.score_suite(reader) for reader in cases]
             scored = {MODEL: model.score(posts, fields)}
+            changed = {MODEL: model.score_under_conditions(posts)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
@@ -69,9 +72,10 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             architecture = load_config(folder / "config.yaml").model
             ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
             scored[folder.name] = ablated.score(posts, fields)
+            changed[folder.name] = ablated.score_under_conditions(posts)
         if ranks.is_first:
             names = [folder.name for folder in ablations]
-            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite)
+            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite, changed)
             tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
             track_report(tracker, *found)
             tracker.close()
@@ -139,10 +143,26 @@ class Scorer:
         self._name(refused)
         return predictions.with_fields(read_fields(reader, rows, FIELDS))
 
-    def _score(self, reader: ShardReader, rows: np.ndarray, what: str, refused: list[dict[str, Any]]) -> Predictions:
+    def score_under_conditions(self, posts: Posts) -> UnderConditions:
+        """Predictions on the primary split once more for each condition; what cannot be read is named already."""
+        split, found = primary_split(posts.splits), defaultdict[str, Scored](dict)
+        for condition in conditions_of(self.config):
+            encode, what = self.encode.under(condition.change), f"{split}, {condition.kind}: {condition.name}"
+            predictions = self._score(posts.readers[split], posts.rows[split], what, [], encode)
+            found[condition.kind][condition.name] = predictions
+        return found
+
+    def _score(
+        self,
+        reader: ShardReader,
+        rows: np.ndarray,
+        what: str,
+        refused: list[dict[str, Any]],
+        encode: PostEncoder | None = None,
+    ) -> Predictions:
         return score_split(
             self.model,
-            self.encode,
+            encode or self.encode,
             reader,
             rows,
             self.ranks,
