@@ -34,9 +34,12 @@ MAY_CHANGE = (
     "recipe",
     "run_dir",
     "tracker",
+    # Their content is checked by hashes in the checkpoint.
+    "train.alignment.pairs",
     "train.compile",
     # Like another number of ranks, it changes how sums are rounded, and nothing else.
     "train.deterministic",
+    "train.distill.predictions",
     "train.gradient_checkpointing",
     "train.log_every",
     "train.log_samples",

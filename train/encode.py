@@ -33,6 +33,7 @@ class PostEncoder:
         taxonomy: Taxonomy,
         tokenizer: Tokenizer | None = None,
         attacks: TextAttacks | None = None,
+        disguises: TextAttacks | None = None,
     ):
         """
         Args:
@@ -40,8 +41,9 @@ class PostEncoder:
             taxonomy: gives the label vector its order.
             tokenizer: one that is loaded already (a bundle's); by default the one that `config` names.
             attacks: what is done to texts that are trained on.
+            disguises: the second view of such texts; by default they have none.
         """
-        self.attacks = attacks
+        self.attacks, self.disguises = attacks, disguises
         self.normaliser = config.text.normaliser
         self.taxonomy = taxonomy
         self.tokenizer = tokenizer or load_tokenizer(config.text)
@@ -64,23 +66,28 @@ class PostEncoder:
         Raises:
             MediaError: an image cannot be decoded.
         """
-        text = raw.text
+        text, disguised = raw.text, None
+        if self.disguises is not None and position != NO_POSITION:
+            disguised = self.tokens(None if text is None else self.disguises.apply(text, position))
+            disguised = np.zeros(0, dtype=np.int32) if disguised is None else disguised
         if self.attacks is not None and text is not None and position != NO_POSITION:
             text = self.attacks.apply(text, position)
         return EncodedSample(
             id=raw.id,
             language=raw.language,
-            input_ids=self._encode_text(text),
+            input_ids=self.tokens(text),
             images=[decode_image(data, self.image_size) for data in raw.images[: self.max_images]],
             labels=self.taxonomy.label_vector(raw.post["labels"]),
+            disguised=disguised,
         )
 
     def text_length(self, text: str | None) -> int:
         """Number of tokens of an encoded text; 0 without text."""
-        tokens = self._encode_text(text)
+        tokens = self.tokens(text)
         return 0 if tokens is None else len(tokens)
 
-    def _encode_text(self, text: str | None) -> np.ndarray | None:
+    def tokens(self, text: str | None) -> np.ndarray | None:
+        """int32[L]: a text as the model reads it, normalised and with its prefix; None without text."""
         if text is None or not self.reads_text:
             return None
         text = normalise(text) if self.normaliser else text

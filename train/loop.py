@@ -18,7 +18,8 @@ from crossguard.train import phases, preemption, watchdog
 from crossguard.train.engine import Engine
 from crossguard.train.guards import Guards
 from crossguard.train.micro_batch import MicroBatch
-from crossguard.train.objectives import Objective, known_labels
+from crossguard.train.objectives.objective import Objective
+from crossguard.train.objectives.term import LOSS
 from crossguard.train.optimizer import learning_rate
 from crossguard.train.refusals import Refusals
 from crossguard.train.step_log import StepLog
@@ -46,16 +47,21 @@ class TrainState:
     # The last losses, and whether the very last one leapt out of those before it.
     recent_losses: list[float] = field(default_factory=list)
     in_spike: bool = False
+    # Weights of the languages, where group DRO keeps them.
+    group_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One step over all ranks."""
 
+    # Of the labels.
     loss: float
     grad_norm: float
     lr: float
     work: Work
+    # What was minimised beside it, by name.
+    terms: dict[str, float] = field(default_factory=dict)
     # What was not finite, "loss" or "gradient", so that nothing was changed.
     skipped: str = ""
     # The loss leapt out of those before it.
@@ -68,7 +74,7 @@ class TrainLoop:
     Args:
         config: the recipe.
         engine: the model under DeepSpeed.
-        objective: logits and labels -> loss of each element.
+        objective: what is minimised.
         loader: yields, for each step, this rank's micro-batches.
         state: where to start; moves on.
         last_step: the last step to do.
@@ -131,7 +137,8 @@ class TrainLoop:
                 shown.advance(note=f"loss {result.loss:.4f}")
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
-        """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
+        """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number;
+        other terms have denominators of their own, counted over all ranks alike.
 
         So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. Where loss or
         gradient is not finite, all ranks leave weights and moments as they are.
@@ -140,27 +147,27 @@ class TrainLoop:
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
         # Counted while they are on the host.
         work = self.log.work(batches)
-        known = sum(int(known_labels(batch.labels)) for batch in batches)
-        mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
+        counts = self.objective.counts(batches)
+        mine = [self.refusals.take(), preemption.asked(), *work.counts(), *counts]
         batches = [batch.to(ranks.device) for batch in batches]
 
         phases.enter(phases.WAITING)
-        known, damaged, asked, *work_of_all = ranks.sum(torch.tensor(mine)).tolist()
-        known = max(known, 1)
+        damaged, asked, *rest = ranks.sum(torch.tensor(mine)).tolist()
+        objective = self.objective.of_step(rest[-len(counts) :], ranks.device)
 
         losses: list[torch.Tensor] = []
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        means = torch.zeros(len(counts), dtype=torch.float64, device=ranks.device)
         for batch in batches:
             phases.enter(phases.FORWARD)
-            elements = self.objective(engine(batch), batch.labels)
-            loss = elements.sum() / known
+            loss, part, elements = objective(engine, batch)
             phases.enter(phases.BACKWARD)
             engine.backward(loss)
-            total += loss.detach()
-            losses.append(elements.detach())
+            means += part
+            losses.append(elements)
 
         phases.enter(phases.WAITING)
-        global_loss = float(ranks.sum(total))
+        of_all = ranks.sum(means).tolist()
+        global_loss = objective.total(of_all)
         self.refusals.check(damaged)
         self._stop = bool(asked)
 
@@ -168,7 +175,11 @@ class TrainLoop:
         grad_norm = engine.step(lr, skip=not math.isfinite(global_loss))
         skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
         spike = self.guards.spikes(step, global_loss)
-        return StepResult(global_loss, grad_norm, lr, Work(*work_of_all), skipped, spike)
+        numbers = objective.numbers(of_all)
+        if not skipped:
+            objective.learn(of_all)
+        work = Work(*rest[: -len(counts)])
+        return StepResult(numbers.pop(LOSS), grad_norm, lr, work, numbers, skipped, spike)
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.

@@ -28,7 +28,7 @@ from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
 from crossguard.train.metrics_log import cut_after
 from crossguard.train.micro_batch import MicroBatch
-from crossguard.train.objectives import build_objective
+from crossguard.train.objectives.opening import Beside, open_objective
 from crossguard.train.profiling import profiling
 from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
@@ -71,17 +71,19 @@ def run_training(config: Config, ranks: Ranks) -> None:
                 f"train: the learning rate stays at its end after step {state.schedule_steps} (train.schedule_steps of"
                 " the first start does not move on resume); to extend a schedule, set it before the first start"
             )
+        beside = Beside.open(config, ranks, inputs, saved.get("beside", {}) if saved else None)
         micro_batch = MicroBatch(config, ranks)
         engine = _open_engine(config, ranks, inputs, checkpoint, micro_batch)
         ranks.on_first(lambda: _open_run_dir(run_dir, config, state))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
-        _train(config, engine, inputs, state, last_step, tracker, micro_batch)
+        _train(config, engine, inputs, beside, state, last_step, tracker, micro_batch)
 
 
 def _train(
     config: Config,
     engine: Engine,
     inputs: Inputs,
+    beside: Beside,
     state: TrainState,
     last_step: int,
     tracker: Tracker,
@@ -94,7 +96,7 @@ def _train(
 
     def save(best: bool) -> None:
         refusals.agree()
-        saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
+        saver.save(_about(config, inputs, beside, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     compute = find_compute(config, inputs.encode.num_policies, ranks)
     saver = _open_saver(config, engine)
@@ -112,8 +114,8 @@ def _train(
         TrainLoop(
             config,
             engine,
-            build_objective(config.train.loss),
-            loader,
+            open_objective(config, ranks, inputs.reader.shards, state.group_weights),
+            beside.attached(loader, state.step + 1, ranks),
             state,
             last_step=last_step,
             log=log,
@@ -143,12 +145,13 @@ def _open_loader(
     )
 
 
-def _about(config: Config, inputs: Inputs, state: TrainState, tracker: Tracker) -> dict[str, Any]:
+def _about(config: Config, inputs: Inputs, beside: Beside, state: TrainState, tracker: Tracker) -> dict[str, Any]:
     """What a checkpoint says, beside weights and optimizer."""
     position = state.step * inputs.order.batch_size
     return asdict(state) | {
         "position": position,
         "order": inputs.order.state(inputs.reader.manifest_hash, position),
+        "beside": beside.files,
         "config": as_plain(config),
         "taxonomy": inputs.encode.taxonomy.to_json(),
         "tracker_run_id": tracker.run_id,

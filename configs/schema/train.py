@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import at_least, one_of, within
+from crossguard.configs.schema.loss import AlignmentConfig, ConsistencyConfig, DistillConfig, LossConfig
 
-LOSSES = ("bce", "focal", "asymmetric")
 PRECISIONS = ("fp32", "bf16")
 # What data/curation/attacks.py can do to a text.
 ATTACKS = (
@@ -20,31 +20,6 @@ ATTACKS = (
     "compatibility_forms",
     "swaps",
 )
-
-
-@dataclass
-class LossConfig:
-    """A masked loss: unknown labels take no part in it."""
-
-    # bce, focal (arXiv 1708.02002), asymmetric (arXiv 2009.14119), or `module:function` of your own.
-    name: str = "bce"
-    # Focusing exponent of the focal loss.
-    gamma: float = 2.0
-    # Weight of positives in the focal loss; benign labels weigh one minus it. By default both weigh 1.
-    alpha: float | None = None
-    # Focusing exponent of the asymmetric loss for positives.
-    gamma_positive: float = 0.0
-    # Focusing exponent of the asymmetric loss for negatives.
-    gamma_negative: float = 4.0
-    # Probability margin below which the asymmetric loss ignores negatives.
-    margin: float = 0.05
-
-    def __post_init__(self) -> None:
-        one_of("train.loss.name", self.name, LOSSES, or_own=True)
-        within("train.loss.alpha", self.alpha, 0, 1)
-        within("train.loss.margin", self.margin, 0, 1)
-        for name in ("gamma", "gamma_positive", "gamma_negative"):
-            at_least(f"train.loss.{name}", getattr(self, name), 0)
 
 
 @dataclass
@@ -108,6 +83,12 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     # Training against evasion.
     attacks: TextAttacksConfig = field(default_factory=TextAttacksConfig)
+    # The same scores for disguised texts.
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    # A teacher.
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    # Translations.
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     # Processes that read and decode for each rank; 0 reads in the training process. They never change the order.
     num_workers: int = 1
     # Log a line every this many steps.

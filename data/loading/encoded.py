@@ -31,6 +31,8 @@ class EncodedSample:
     labels: np.ndarray
     # In the sample order.
     position: int = NO_POSITION
+    # int32[L]: the text in a disguise, L = 0 where there is none; None where nobody asks for it.
+    disguised: np.ndarray | None = None
 
 
 class Encode(Protocol):
@@ -76,13 +78,13 @@ def stack(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num
         image_size: side S of the images, for a batch that has none.
         num_policies: length P of the label vectors.
     """
-    input_ids, text_mask = _pad_texts(samples, pad_id)
+    input_ids, text_mask = pad_texts([sample.input_ids for sample in samples], pad_id)
     images = [(row, image.transpose(1, 2, 0)) for row, sample in enumerate(samples) for image in sample.images]
     images = images or [(NO_POST, np.zeros((image_size, image_size, 3), dtype=np.uint8))]
     labels = np.stack([sample.labels for sample in samples]).astype(np.float32, copy=False)
     if labels.shape != (len(samples), num_policies):
         raise ValueError(f"labels have shape {labels.shape[1:]}, the taxonomy has {num_policies} policies")
-    return {
+    arrays = {
         "ids": [sample.id for sample in samples],
         "languages": [sample.language for sample in samples],
         "positions": np.array([sample.position for sample in samples], dtype=np.int64),
@@ -94,10 +96,15 @@ def stack(samples: Sequence[EncodedSample], *, pad_id: int, image_size: int, num
         "has_image": np.array([bool(sample.images) for sample in samples]),
         "labels": labels,
     }
+    if samples[0].disguised is not None:  # Then all have one.
+        ids, mask = pad_texts([sample.disguised for sample in samples], pad_id)
+        arrays |= {"disguised_ids": ids, "disguised_mask": mask}
+    return arrays
 
 
-def _pad_texts(samples: Sequence[EncodedSample], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    texts = [sample.input_ids for sample in samples]
+def pad_texts(texts: Sequence[np.ndarray | None], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay token ids side by side: int64[N, L], filled up with the pad id, and bool[N, L], True where there is a token;
+    L ≥ 1."""
     longest = max([1, *(len(text) for text in texts if text is not None)])
     input_ids = np.full((len(texts), longest), pad_id, dtype=np.int64)
     text_mask = np.zeros((len(texts), longest), dtype=bool)

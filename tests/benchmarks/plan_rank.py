@@ -17,7 +17,7 @@ from crossguard.data.loading.order import micro_batches
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.engine import Engine
 from crossguard.train.models import build_model
-from crossguard.train.objectives import build_objective
+from crossguard.train.objectives.losses import build_loss
 from crossguard.train.planning.shapes import batch_of_shapes
 from crossguard.train.ranks import end_process, init_ranks
 from crossguard.train.tokenizers import load_tokenizer
@@ -51,12 +51,12 @@ def train(job: list[str]) -> None:
     model = build_model(config.model, taxonomy, load_tokenizer(config.model.text), config.seed)
     engine = Engine(model, config, ranks, micro_batch)
     engine.train()
-    objective = build_objective(config.train.loss)
+    loss_of = build_loss(config.train.loss)
     batch = batch_of_shapes(config, len(taxonomy.names), micro_batch)
     for _ in range(STEPS):
         for _ in range(accumulation):
             logits = engine(batch)
-            engine.backward(objective(logits, batch.labels).sum())
+            engine.backward(loss_of(logits, batch.labels).sum())
             del logits
         engine.step(1e-4)
     engine.close()

@@ -14,6 +14,7 @@ from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
 from crossguard.train.models.text import build_text_tower
 from crossguard.train.models.tokens import Tokens, summarise
+from crossguard.train.models.views import read_views
 
 
 class Classifier(nn.Module):
@@ -26,7 +27,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ModelConfig, num_policies: int, vocab_size: int, pad_id: int, seed: int):
         super().__init__()
         self.modalities = tuple(config.modalities)
-        self.pooling = config.text.pooling
+        self.pooling, self.pad_id = config.text.pooling, pad_id
         self.modality_dropout, self.seed = config.modality_dropout, seed
         widths = {}
         if "text" in self.modalities:
@@ -55,11 +56,11 @@ class Classifier(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, batch: Batch) -> Tensor:
-        """A batch of B posts → logits float32[B, P]."""
+    def forward(self, batch: Batch, views: bool = False) -> Tensor | dict[str, Tensor]:
+        """A batch of B posts → logits float32[B, P]; with `views` what `read_views` says of it."""
         if self.training and self.modality_dropout:
             batch = drop_modalities(batch, self.modality_dropout, self.seed)
-        return self.judge(self.read(batch))
+        return read_views(self, batch, self.pad_id) if views else self.judge(self.read(batch))
 
     def read(self, batch: Batch) -> dict[str, Tokens]:
         """What each modality's tower says of a batch of B posts."""

@@ -60,7 +60,8 @@ class Shapes:
         most that there may be."""
         with self._open(images):
             batch = batch_of_shapes(self.config, self.num_policies, posts, length=length, images=images)
-            return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16")
+            twice = batch.disguised_ids is not None
+            return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16", views=twice)
 
     @contextmanager
     def _open(self, images: int | None = None) -> Iterator[None]:
@@ -77,10 +78,11 @@ def batch_of_shapes(
     config: Config, num_policies: int, size: int, *, length: int | None = None, images: int | None = None
 ) -> Batch:
     """A batch of `size` posts: every text of `length` tokens and every post with so many `images`, by default the most
-    that there may be."""
+    that there may be; with a disguise of each text where training asks for one."""
     length = (length or config.model.text.max_length) if "text" in config.model.modalities else 1
     images = size * (images or config.model.image.max_images) if "image" in config.model.modalities else 1
     side = config.model.image.size
+    twice = bool(config.train.consistency.weight)
     yes = torch.ones(size, dtype=torch.bool)
     return Batch(
         ids=["planned"] * size,
@@ -93,6 +95,8 @@ def batch_of_shapes(
         image_post=torch.zeros(images, dtype=torch.int64),
         has_image=yes,
         labels=torch.zeros(size, num_policies),
+        disguised_ids=torch.zeros(size, length, dtype=torch.int64) if twice else None,
+        disguised_mask=torch.ones(size, length, dtype=torch.bool) if twice else None,
     )
 
 
