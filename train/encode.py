@@ -42,6 +42,7 @@ class PostEncoder:
         taxonomy: Taxonomy,
         tokenizer: Tokenizer | None = None,
         attacks: TextAttacks | None = None,
+        disguises: TextAttacks | None = None,
     ):
         """
         Args:
@@ -49,8 +50,9 @@ class PostEncoder:
             taxonomy: gives the label vector its order.
             tokenizer: one that is loaded already (a bundle's); by default the one that `config` names.
             attacks: what is done to texts that are trained on.
+            disguises: the second view of such texts; by default they have none.
         """
-        self.attacks = attacks
+        self.attacks, self.disguises = attacks, disguises
         self.change: Callable[[RawSample], RawSample] | None = None
         self.taxonomy = taxonomy
         self.text = config.text
@@ -87,23 +89,33 @@ class PostEncoder:
             MediaError: an image, a video or a recording cannot be decoded.
         """
         raw = raw if self.change is None else self.change(raw)
-        parts = self._parts(raw, position)
+        input_ids, segments = self._written(raw, position, self.attacks)
+        disguised, disguised_segments = None, None
+        if self.disguises is not None and position != NO_POSITION:
+            disguised, disguised_segments = self._written(raw, position, self.disguises)
+            disguised = np.zeros(0, dtype=np.int32) if disguised is None else disguised
         return EncodedSample(
             id=raw.id,
             language=raw.language,
-            input_ids=np.array(list(itertools.chain(*parts)), dtype=np.int32) if parts else None,
+            input_ids=input_ids,
             images=[decode_image(data, self.layout["image_size"]) for data in raw.images[: self.max_images]],
             labels=self._labels(raw.post),
-            segments=np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
-            if parts and self.fields
-            else None,
+            segments=segments,
             clip=self._frames(raw),
             sound=self._sound(raw),
+            disguised=disguised,
+            disguised_segments=disguised_segments,
         )
 
     def text_length(self, raw: RawSample) -> int:
         """Number of tokens of an encoded post; 0 without text."""
-        return sum(map(len, self._parts(raw, NO_POSITION)))
+        return sum(map(len, self._parts(raw, NO_POSITION, None)))
+
+    def tokens(self, text: str) -> np.ndarray:
+        """int32[L]: a text of no post, as the caption of one is read."""
+        tokens, _ = self._written(RawSample({}, text), NO_POSITION, None)
+        assert tokens is not None, "the model reads no text"
+        return tokens
 
     def _labels(self, post: Mapping[str, Any]) -> np.ndarray:
         labels = self.taxonomy.label_vector(post["labels"])
@@ -111,15 +123,26 @@ class PostEncoder:
             return labels
         return np.concatenate([labels, self.taxonomy.level_vector(post["labels"], post.get("severity", {}))])
 
-    def _parts(self, raw: RawSample, position: int) -> list[list[int]]:
+    def _written(
+        self, raw: RawSample, position: int, attacks: TextAttacks | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """int32[L] and uint8[L]: the tokens of all that is read, and the field of each where several are."""
+        parts = self._parts(raw, position, attacks)
+        if not parts:
+            return None, None
+        tokens = np.array(list(itertools.chain(*parts)), dtype=np.int32)
+        segments = np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
+        return tokens, segments if self.fields else None
+
+    def _parts(self, raw: RawSample, position: int, attacks: TextAttacks | None) -> list[list[int]]:
         """The tokens of the caption and of each further field that is read; empty where nothing is written in any.
 
         Every sequence begins as one of the encoder's own, with or without a caption.
         """
-        fields = [list(self._texts(raw, name, position)) for name in self.fields]
+        fields = [list(self._texts(raw, name, position, attacks)) for name in self.fields]
         if not self.reads_text or (raw.text is None and not any(fields)):
             return []
-        caption = "" if raw.text is None else self._plain("", raw.text, position)
+        caption = "" if raw.text is None else self._plain("", raw.text, position, attacks)
         parts = [self.tokenizer.encode(self.text.prefix + caption, self.text.max_length)]
         for name, texts in zip(self.fields, fields, strict=True):
             most, tokens = self.text.fields[name], list[int]()
@@ -129,17 +152,17 @@ class PostEncoder:
             parts.append(tokens)
         return parts
 
-    def _texts(self, raw: RawSample, name: str, position: int) -> Iterator[str]:
+    def _texts(self, raw: RawSample, name: str, position: int, attacks: TextAttacks | None) -> Iterator[str]:
         """What is written in a field, as it is tokenized."""
         value = raw.texts.get(name, [])
         for number, text in enumerate([value] if isinstance(value, str) else value):
-            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, position)
+            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, position, attacks)
 
-    def _plain(self, field: str, text: str, position: int) -> str:
+    def _plain(self, field: str, text: str, position: int, attacks: TextAttacks | None) -> str:
         """A text that a user has written: while training disguised now and then, and without disguise as far as the
         normaliser knows it."""
-        if self.attacks is not None and position != NO_POSITION:
-            text = self.attacks.apply(text, position, field)
+        if attacks is not None and position != NO_POSITION:
+            text = attacks.apply(text, position, field)
         return normalise(text) if self.text.normaliser else text
 
     def _frames(self, raw: RawSample) -> Clip | None:

@@ -53,7 +53,7 @@ def score_split(
         batch_size: posts in a forward pass of a rank.
         num_workers: processes that read for each rank.
         on_refused: is told of every post that could not be read; those are left out.
-        title: what is being done, for the progress that rank 0 shows; nothing is shown without.
+        title: what rank 0 shows the progress of; nothing is shown without.
         embeddings: of the posts, where they stand in for what is in them.
 
     Raises:
@@ -61,16 +61,8 @@ def score_split(
         Preempted: a rank was asked to stop; on all ranks.
     """
     dealt = _deal(reader, rows, batch_size, ranks.world_size)
-    loader = EvalLoader(
-        reader,
-        dealt[ranks.rank],
-        encode,
-        batch_size,
-        num_workers=num_workers,
-        on_refused=on_refused,
-        embeddings=embeddings,
-    )
-    nothing = filler(encode, embeddings)
+    options: dict[str, Any] = {"num_workers": num_workers, "on_refused": on_refused, "embeddings": embeddings}
+    loader, nothing = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, **options), filler(encode, embeddings)
     with (
         preemption.holding(),
         phases.resting_after(),
@@ -84,9 +76,9 @@ def score_split(
             parts += _score_next(model, encode, next(batches, None), nothing, ranks)
             shown.advance(count)
             _check_not_preempted(ranks.any(preemption.asked()))
-        everyone = ranks.gather((preemption.asked(), parts))
-        _check_not_preempted(any(asked for asked, _ in everyone))
-    predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*(scored for _, scored in everyone)))
+        asked, scored = zip(*ranks.gather((preemption.asked(), parts)), strict=True)
+        _check_not_preempted(any(asked))
+    predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*scored))
     _check_finite(predictions, reader.split)
     return predictions
 

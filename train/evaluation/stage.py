@@ -24,7 +24,7 @@ from crossguard.train.checkpoint import best_valid
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.conditions import UnderConditions, conditions_of
-from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
+from crossguard.train.evaluation.measure import MODEL, Posts, Scored, Scores, measure
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
@@ -69,20 +69,23 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             scored = {MODEL: model.score(posts, fields)}
             subsets = model.score_subsets(posts) if config.evaluation.modality_subsets else {}
             changed = {MODEL: model.score_under_conditions(posts)}
-        ablations = ranks.on_first(
-            lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
-        )
-        for folder in ablations:
+        for folder in _trained_ablations(config, ranks):
             architecture = load_config(folder / "config.yaml").model
             ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
             scored[folder.name] = ablated.score(posts, fields)
             changed[folder.name] = ablated.score_under_conditions(posts)
         if ranks.is_first:
-            names = [folder.name for folder in ablations]
-            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite, subsets, changed)
+            scores = Scores(scored, changed, suite, subsets)
+            found = measure(run_dir, step_of(checkpoint), config, posts, scores)
             tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
             track_report(tracker, *found)
             tracker.close()
+
+
+def _trained_ablations(config: Config, ranks: Ranks) -> list[Path]:
+    """The run directories of those that have a checkpoint."""
+    folders = [Path(config.run_dir) / "ablations" / name for name in config.ablations]
+    return ranks.on_first(lambda: [folder for folder in folders if checkpoints_of(folder)])
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:

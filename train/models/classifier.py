@@ -23,6 +23,7 @@ from crossguard.train.models.segments import Segments
 from crossguard.train.models.text import build_text_tower
 from crossguard.train.models.tokens import Tokens, summarise
 from crossguard.train.models.video import FramePool
+from crossguard.train.models.views import read_views
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class Classifier(nn.Module):
         self.modalities = tuple(config.modalities)
         # Those with a tower of their own.
         self.towers = tuple(config.encoders)
-        self.pooling = config.text.pooling
+        self.pooling, self.pad_id = config.text.pooling, pad_id
         self.modality_dropout, self.seed = config.modality_dropout, seed
         widths = {}
         if "text" in self.modalities:
@@ -86,21 +87,28 @@ class Classifier(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: Batch, embed: Seam | None = None) -> Any:
+    def forward(self, batch: Batch, embed: Seam | None = None, *, views: bool = False) -> Any:
         """A batch of B posts → logits float32[B, L], in the order of the label vector; with `embed`, what crosses that
-        seam, as `embedding.pack` lays it out. A batch of such embeddings goes on from there."""
+        seam, as `embedding.pack` lays it out. A batch of such embeddings goes on from there. With `views`, what
+        `read_views` says of it."""
         if embed is not None:
             return self._embed(batch, embed)
+        if views:
+            return read_views(self, batch, self.pad_id)
         if FUSED in batch.embeddings:
             return self.heads(batch.embeddings[FUSED])
         modalities = unpack(batch.embeddings) if batch.embeddings else self.read(batch)
-        if self.training and self.modality_dropout:
-            modalities = drop_modalities(modalities, batch.positions, self.modality_dropout, self.seed)
-        return self.judge(modalities)
+        return self.judge(self.dropped(modalities, batch.positions))
 
     def _embed(self, batch: Batch, seam: Seam) -> dict[str, Tensor]:
         modalities = self.read(batch)
         return {FUSED: self.fusion(modalities).float()} if seam.fused else pack(modalities, seam)
+
+    def dropped(self, modalities: dict[str, Tokens], positions: Tensor) -> dict[str, Tokens]:
+        """What is left of the modalities of B posts after modality dropout, in training."""
+        if not (self.training and self.modality_dropout):
+            return modalities
+        return drop_modalities(modalities, positions, self.modality_dropout, self.seed)
 
     def read(self, batch: Batch) -> dict[str, Tokens]:
         """What each modality's tower says of a batch of B posts."""

@@ -21,6 +21,14 @@ class Tokens:
     # bool[B]: whether the post has the modality at all.
     present: Tensor
 
+    def take(self, posts: slice) -> Tokens:
+        """Those of some of the posts."""
+        return Tokens(self.values[posts], self.mask[posts], self.summary[posts], self.present[posts])
+
+    def twice(self) -> Tokens:
+        """Those of all posts, and the same again."""
+        return Tokens(*(torch.cat([part, part]) for part in (self.values, self.mask, self.summary, self.present)))
+
 
 def summarise(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """float[B, L, D] and bool[B, L] → float[B, D]: the mean of the tokens, or the first of them."""
