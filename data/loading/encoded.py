@@ -39,6 +39,8 @@ class EncodedSample:
     clip: Clip | None = None
     # float32[T], a waveform, or float32[bins, T], a spectrogram that ends in silence; None when nothing can be heard.
     sound: np.ndarray | None = None
+    # int32[K]: hashed character n-grams of what is written, K ≥ 0; None when nothing is or they are not read.
+    ngrams: np.ndarray | None = None
 
 
 class Layout(TypedDict):
@@ -106,7 +108,8 @@ def stack(
         "positions": np.array([sample.position for sample in samples], dtype=np.int64),
         "input_ids": input_ids,
         "text_mask": text_mask,
-        "has_text": np.array([sample.input_ids is not None for sample in samples]),
+        "has_text": np.array([sample.input_ids is not None or sample.ngrams is not None for sample in samples]),
+        **_join_ngrams(samples),
         "pixels": [image for _, image in images],
         "image_post": np.array([row for row, _ in images], dtype=np.int64),
         "has_image": np.array([bool(sample.images) for sample in samples]),
@@ -157,6 +160,13 @@ def _pad_segments(samples: Sequence[EncodedSample], shape: tuple[int, ...]) -> n
         if sample.segments is not None:
             segments[row, : len(sample.segments)] = sample.segments
     return segments
+
+
+def _join_ngrams(samples: Sequence[EncodedSample]) -> dict[str, np.ndarray]:
+    nothing = np.zeros(0, dtype=np.int32)
+    bags = [nothing if sample.ngrams is None else sample.ngrams for sample in samples]
+    ends = np.cumsum([len(bag) for bag in bags], dtype=np.int32)
+    return {"ngrams": np.concatenate(bags), "ngram_starts": np.concatenate([[0], ends[:-1]]).astype(np.int32)}
 
 
 def _pad_texts(samples: Sequence[EncodedSample], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
