@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,6 +19,7 @@ from crossguard.data.curation.normalise import normalise
 from crossguard.data.loading.clips import Clip, sample_frames
 from crossguard.data.loading.decode import MediaError, decode_image
 from crossguard.data.loading.encoded import NO_POSITION, EncodedSample, Layout
+from crossguard.data.loading.ngrams import hashed_ngrams
 from crossguard.data.loading.sample import RawSample
 from crossguard.data.loading.sound import Hearing, decode_sound
 from crossguard.data.taxonomy import Taxonomy
@@ -59,6 +61,8 @@ class PostEncoder:
         self.fields = [name for name in FURTHER_TEXTS if name in config.text.fields]
         self.tokenizer = tokenizer or load_tokenizer(config.text)
         self.reads_text = "text" in config.modalities
+        self.ngrams = config.ngrams if "ngrams" in config.modalities else None
+        self.resize = config.image.resize
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.video = config.video if "video" in config.modalities else None
         self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
@@ -98,13 +102,16 @@ class PostEncoder:
             id=raw.id,
             language=raw.language,
             input_ids=input_ids,
-            images=[decode_image(data, self.layout["image_size"]) for data in raw.images[: self.max_images]],
+            images=[
+                decode_image(data, self.layout["image_size"], self.resize) for data in raw.images[: self.max_images]
+            ],
             labels=self._labels(raw.post),
             segments=segments,
             clip=self._frames(raw),
             sound=self._sound(raw),
             disguised=disguised,
             disguised_segments=disguised_segments,
+            ngrams=self._hashed(raw, position),
         )
 
     def text_length(self, raw: RawSample) -> int:
@@ -150,7 +157,20 @@ class PostEncoder:
                 if len(tokens) < most:
                     tokens += self.tokenizer.encode_further(text, most - len(tokens))
             parts.append(tokens)
+        if self.text.fill:
+            parts[-1] += [self.tokenizer.pad_id] * (self.text.length - sum(map(len, parts)))
         return parts
+
+    def _hashed(self, raw: RawSample, position: int) -> np.ndarray | None:
+        """The n-grams of all that is written."""
+        if self.ngrams is None:
+            return None
+        texts = [] if raw.text is None else [self._plain("", raw.text, position, self.attacks)]
+        texts += [text for name in self.fields for text in self._texts(raw, name, position, self.attacks)]
+        if not texts:
+            return None
+        written = "\n".join(texts)[: self.ngrams.max_characters]
+        return hashed_ngrams(written, self.ngrams.min_n, self.ngrams.max_n, self.ngrams.buckets)
 
     def _texts(self, raw: RawSample, name: str, position: int, attacks: TextAttacks | None) -> Iterator[str]:
         """What is written in a field, as it is tokenized."""
@@ -188,9 +208,12 @@ class PostEncoder:
             "tokenizer": self.tokenizer.fingerprint if self.reads_text else None,
             "max_length": self.text.max_length,
             "fields": dict(self.text.fields),
+            "fill": self.text.fill,
             "prefix": self.text.prefix,
             "normaliser": self.text.normaliser,
+            "ngrams": dataclasses.asdict(self.ngrams) if self.ngrams else None,
             "image_size": self.layout["image_size"],
+            "resize": self.resize,
             "max_images": self.max_images,
             "video": [self.video.frames, self.video.sampling, self.layout["frame_size"]] if self.video else None,
             "audio": [config.audio.features, config.audio.mel_bins, config.audio.max_seconds] if self.hearing else None,

@@ -63,6 +63,9 @@ class Batch:
     text_mask: Tensor
     # bool[B]
     has_text: Tensor
+    # int32[K]: the texts' hashed character n-grams one after the other, and int32[B]: where each text's begin.
+    ngrams: Tensor
+    ngram_starts: Tensor
     # uint8[N, 3, S, S], N ≥ 1; one black image when no post has any. Channels lie last in memory.
     pixels: Tensor
     # int64[N]: the post (0 … B-1) each image belongs to; -1 for the black one.

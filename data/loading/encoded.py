@@ -43,6 +43,8 @@ class EncodedSample:
     disguised: np.ndarray | None = None
     # uint8[L]: the same of it as `segments`.
     disguised_segments: np.ndarray | None = None
+    # int32[K]: hashed character n-grams of what is written, K ≥ 0; None when nothing is or they are not read.
+    ngrams: np.ndarray | None = None
 
 
 class Layout(TypedDict):
@@ -110,7 +112,8 @@ def stack(
         "positions": np.array([sample.position for sample in samples], dtype=np.int64),
         "input_ids": input_ids,
         "text_mask": text_mask,
-        "has_text": np.array([sample.input_ids is not None for sample in samples]),
+        "has_text": np.array([sample.input_ids is not None or sample.ngrams is not None for sample in samples]),
+        **_join_ngrams(samples),
         "pixels": [image for _, image in images],
         "image_post": np.array([row for row, _ in images], dtype=np.int64),
         "has_image": np.array([bool(sample.images) for sample in samples]),
@@ -166,6 +169,13 @@ def _pad_segments(every: Sequence[np.ndarray | None], shape: tuple[int, ...]) ->
         if segments is not None:
             padded[row, : len(segments)] = segments
     return padded
+
+
+def _join_ngrams(samples: Sequence[EncodedSample]) -> dict[str, np.ndarray]:
+    nothing = np.zeros(0, dtype=np.int32)
+    bags = [nothing if sample.ngrams is None else sample.ngrams for sample in samples]
+    ends = np.cumsum([len(bag) for bag in bags], dtype=np.int32)
+    return {"ngrams": np.concatenate(bags), "ngram_starts": np.concatenate([[0], ends[:-1]]).astype(np.int32)}
 
 
 def pad_texts(texts: Sequence[np.ndarray | None], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from crossguard.train.models.heads import Heads
 from crossguard.train.models.image import Normalise, build_image_tower
 from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
+from crossguard.train.models.ngrams import NgramTower
 from crossguard.train.models.pieces import by_post
 from crossguard.train.models.segments import Segments
 from crossguard.train.models.text import build_text_tower
@@ -40,7 +41,7 @@ class Classifier(nn.Module):
         self.modalities = tuple(config.modalities)
         # Those with a tower of their own.
         self.towers = tuple(config.encoders)
-        self.pooling, self.pad_id = config.text.pooling, pad_id
+        self.pooling, self.image_pooling, self.pad_id = config.text.pooling, config.image.pooling, pad_id
         self.modality_dropout, self.seed = config.modality_dropout, seed
         widths = {}
         if "text" in self.modalities:
@@ -48,6 +49,9 @@ class Classifier(nn.Module):
             widths["text"] = self.text.width
             add_lora(self.text, config.text.lora, "model.text.lora")
             self.segments = Segments(1 + len(config.text.fields), self.text.width) if config.text.fields else None
+        if "ngrams" in self.modalities:
+            self.ngrams = NgramTower(config.ngrams)
+            widths["ngrams"] = self.ngrams.width
         if "image" in self.modalities:
             self.normalise = Normalise(config.image.mean, config.image.std)
             self.image = build_image_tower(config.image)
@@ -115,11 +119,17 @@ class Classifier(nn.Module):
         modalities = {}
         if "text" in self.modalities:
             modalities["text"] = self._read_text(batch)
+        if "ngrams" in self.modalities:
+            values = self.ngrams(batch.ngrams, batch.ngram_starts)
+            modalities["ngrams"] = Tokens(values, batch.has_text[:, None], values[:, 0], batch.has_text)
         patches, frames = self._look(batch)
         if patches is not None:
             values, there = by_post(patches, batch.image_post, len(batch))
             mask = there.repeat_interleave(patches.shape[1], dim=1)
-            modalities["image"] = Tokens(values, mask, summarise(values, mask, "mean"), batch.has_image)
+            # The mean over all tokens of all images, or over the first one of each.
+            step = 1 if self.image_pooling == "mean" else patches.shape[1]
+            summary = summarise(values[:, ::step], mask[:, ::step], "mean")
+            modalities["image"] = Tokens(values, mask, summary, batch.has_image)
         if frames is not None:
             video = given(batch.video)
             modalities["video"] = self.frames(frames, video.times, video.post, video.present)

@@ -54,7 +54,13 @@ def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) ->
 
 
 def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size: int, pad_id: int) -> None:
-    known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
+    try:
+        known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
+    except NotImplementedError:
+        name = encoder.config.model_type
+        raise UserError(
+            f"model.text: {name} embeds no token ids that could be counted; choose another encoder"
+        ) from None
     if known < vocab_size:
         raise UserError(
             f"model.text.tokenizer: has {vocab_size} tokens and the encoder {known}; "

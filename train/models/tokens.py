@@ -31,9 +31,14 @@ class Tokens:
 
 
 def summarise(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """float[B, L, D] and bool[B, L] → float[B, D]: the mean of the tokens, or the first of them."""
+    """float[B, L, D] and bool[B, L] → float[B, D]: the mean of the tokens, the first or the last of them."""
     if pooling == "first":
         return tokens[:, 0]
+    if pooling == "last":
+        # Padding may lie on either side.
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, places, 0).amax(1)
+        return tokens[torch.arange(len(tokens), device=tokens.device), last]
     weights = mask.to(tokens.dtype).unsqueeze(-1)
     # Padding is cut out by selection, not by a product: it may hold anything.
     kept = torch.where(mask.unsqueeze(-1), tokens, 0.0)

@@ -61,6 +61,7 @@ def with_views(batch: Batch, pad_id: int) -> Batch:
         text_mask=torch.cat([wide(mask) for _, mask, _, _ in texts]),
         segments=segments,
         has_text=torch.cat([present for *_, present in texts]),
+        ngram_starts=F.pad(batch.ngram_starts, (0, more), value=len(batch.ngrams)),
         has_image=F.pad(batch.has_image, (0, more)),
         video=batch.video and replace(batch.video, present=F.pad(batch.video.present, (0, more))),
         audio=batch.audio and replace(batch.audio, present=F.pad(batch.audio.present, (0, more))),
