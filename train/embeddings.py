@@ -144,15 +144,15 @@ class EmbeddingCache:
             for turn in range(max(map(len, turns))):
                 if ranks.any(preemption.asked()):
                     raise Preempted("train: stopped before all embeddings were computed; start again and it goes on")
-                if found is None:
-                    self._embed(None)
-                    continue
-                found.add(delivery := next(deliveries), self._embed(delivery))
-                following = mine[turn + 1][0] if turn + 1 < len(mine) else None
-                if following != found.block:
-                    if (arrays := found.arrays()) is not None:
-                        written[_name(found.block)] = self._write(found.block, arrays)
-                    found = _Found(following) if following is not None else None
+                delivery = next(deliveries, None)
+                said = self._embed(delivery)
+                if delivery is not None and found is not None:
+                    found.add(delivery, said)
+                    following = mine[turn + 1][0] if turn + 1 < len(mine) else None
+                    if following != found.block:
+                        if (arrays := found.arrays()) is not None:
+                            written[_name(found.block)] = self._write(found.block, arrays)
+                        found = _Found(following) if following is not None else None
                 shown.advance(sum(len(of_rank[turn][1]) for of_rank in turns if turn < len(of_rank)))
         return {block: path for each in ranks.gather(written) for block, path in each.items()}
 
