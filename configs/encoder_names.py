@@ -97,7 +97,8 @@ def classifier_parameter_names(model: ModelConfig) -> list[str]:
     for placeholder, given in (("text", model.modalities), ("main", list(model.heads) or ["main"])):
         place = re.compile(rf"(?<=\.){placeholder}(?=\.|$)")
         names = list(dict.fromkeys(place.sub(name, entry) for entry in names for name in given))
-    return names
+    behind_towers = snapshot()["modality_parameters"]
+    return names + [entry for name in model.modalities for entry in _expanded(behind_towers.get(name, ""))]
 
 
 def is_of_installed_version() -> bool:

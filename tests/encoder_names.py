@@ -53,6 +53,7 @@ def installed_names() -> dict[str, Any]:
         "parameters": {name: _joined(names) for name, names in parameters.items()},
         "fusion_parameters": {kind: _joined(_fusion_parameters(kind)) for kind in (*KINDS, "bottleneck")},
         "head_parameters": _joined(_head_parameters()),
+        "modality_parameters": {name: _joined(_modality_parameters(name)) for name in ("text", "video", "audio")},
     }
 
 
@@ -124,6 +125,21 @@ def _head_parameters() -> set[str]:
     taxonomy = Taxonomy("all", "1", (Policy("hate", "", "", severity_levels=3),))
     heads = Heads({"main": HeadConfig(["hate"], hidden=4)}, taxonomy, width=4)
     return {f"heads.{name}" for name, _ in heads.named_parameters()}
+
+
+def _modality_parameters(name: str) -> set[str]:
+    """Names of what the classifier adds behind the tower of a modality."""
+    from crossguard.train.models.audio import Hearing
+    from crossguard.train.models.segments import Segments
+    from crossguard.train.models.video import FramePool
+
+    parts = {
+        "text": ("segments", Segments(2, 4)),
+        "video": ("frames", FramePool(4, 1)),
+        "audio": ("hearing", Hearing(4)),
+    }
+    attribute, part = parts[name]
+    return {f"{attribute}.{name}" for name, _ in part.named_parameters()}
 
 
 def _joined(names: set[str]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from media_posts import layout, media_post
 from rank_checkpoint import counts
 from tiny_models import TAXONOMY, batch_of, model_config, post
 
@@ -40,6 +42,13 @@ STEPS = [
     [TEXT] * 6 + [IMAGE] * 6,
     [NOTHING] * 6 + [BOTH, TEXT, IMAGE, NOTHING, BOTH, BOTH],
     [IMAGE] * 3 + [NOTHING] * 3 + [TEXT] * 3 + [BOTH] * 3,
+]
+# Frames and hundredths of a second of each post, where the model looks and listens: on the second rank alone; in one pass
+# of three posts alone; on the first rank.
+MEDIA = [
+    [(0, 0)] * 6 + [(2, 30), (0, 100), (3, 0), (0, 0), (1, 5), (4, 60)],
+    [(0, 0)] * 9 + [(4, 0), (0, 20), (2, 100)],
+    [(1, 10), (0, 0), (2, 0), (0, 44), (3, 7), (0, 0)] + [(0, 0)] * 6,
 ]
 # Posts of each step without any known label: a micro-batch, a rank, all but an image and a text. The head is zero at first:
 # what is below it moves from step 2 on.
@@ -81,8 +90,8 @@ def config_of(stage: int, model: ModelConfig | None = None, deepspeed: Any = Non
     )
 
 
-def posts_of(step: int) -> list[EncodedSample]:
-    """The posts of a global step n ≥ 1, the same on every rank."""
+def posts_of(step: int, model: ModelConfig | None = None) -> list[EncodedSample]:
+    """The posts of a global step n ≥ 1, the same on every rank; with videos and sound where the model is for them."""
     draw = np.random.default_rng(step)
     posts = []
     for number, (tokens, images) in enumerate(STEPS[step - 1]):
@@ -90,16 +99,19 @@ def posts_of(step: int) -> list[EncodedSample]:
         labels[draw.random(2) < 0.3] = np.nan
         if number in UNLABELED[step - 1]:
             labels[:] = np.nan
-        posts.append(replace(post(100 * step + number, tokens, images), labels=labels))
+        made = post(100 * step + number, tokens, images)
+        if model is not None and "video" in model.modalities:
+            made = media_post(model, 100 * step + number, tokens, images, *MEDIA[step - 1][number])
+        posts.append(replace(made, labels=labels))
     return posts
 
 
-def mine(ranks: Ranks, posts: list[EncodedSample], micro_batch_size: int) -> list[Batch]:
+def mine(ranks: Ranks, posts: list[EncodedSample], config: Config) -> list[Batch]:
     """This rank's micro-batches of a step's posts."""
-    size, _ = micro_batches(len(posts), ranks.world_size, micro_batch_size)
+    size, _ = micro_batches(len(posts), ranks.world_size, config.train.micro_batch_size)
     share = len(posts) // ranks.world_size
     own = posts[ranks.rank * share : (ranks.rank + 1) * share]
-    return [batch_of(*own[start : start + size]) for start in range(0, share, size)]
+    return [batch_of(*own[start : start + size], **layout(config.model)) for start in range(0, share, size)]
 
 
 def classifier(config: Config) -> Classifier:
@@ -138,8 +150,9 @@ def loop_of(config: Config, ranks: Ranks) -> TrainLoop:
 def train(loop: TrainLoop, steps: range) -> list[float]:
     """The losses of some steps."""
     loop.engine.train()
-    batches = (mine(loop.engine.ranks, posts_of(step), loop.config.train.micro_batch_size) for step in steps)
-    return [loop.train_step(step, batch).loss for step, batch in zip(steps, batches, strict=True)]
+    config = loop.config
+    batches = [mine(loop.engine.ranks, posts_of(step, config.model), config) for step in steps]
+    return [loop.train_step(step, *pair).loss for step, pair in zip(steps, pairwise([*batches, []]), strict=True)]
 
 
 @contextmanager
@@ -163,7 +176,7 @@ def reference(config: Config) -> tuple[list[dict[str, torch.Tensor]], list[float
     )
     weights, losses = [copy_of(model)], []
     for step in range(1, len(STEPS) + 1):
-        batch = batch_of(*posts_of(step))
+        batch = batch_of(*posts_of(step, config.model), **layout(config.model))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train, len(STEPS)) * group["lr_scale"]
         optimizer.zero_grad()

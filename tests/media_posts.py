@@ -89,7 +89,7 @@ def media_post(
 
 
 # Tokens, images, frames and hundredths of a second.
-SIZES = [(5, 1, 4, 30), (9, 0, 0, 100), (0, 0, 2, 0), (60, 3, 0, 0), (0, 0, 0, 57), (0, 0, 0, 0), (3, 0, 1, 12)]
+SIZES = [(5, 1, 4, 80), (9, 0, 0, 100), (0, 0, 2, 0), (60, 3, 0, 0), (0, 0, 0, 57), (0, 0, 0, 0), (3, 0, 1, 12)]
 
 
 def media_posts(config: ModelConfig) -> list[EncodedSample]:

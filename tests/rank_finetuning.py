@@ -22,6 +22,7 @@ from finetuning_job import (
     save,
     trained,
 )
+from media_posts import XLS_R, media_config
 from rank_checkpoint import held, same
 from rank_engine import largest_difference
 from rank_pretrained import offloaded, shared_out
@@ -29,6 +30,7 @@ from tiny_models import BERT, VIT, batch_of, model_config
 
 from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
+from crossguard.configs.schema import ModelConfig
 from crossguard.configs.schema.encoders import LoraConfig
 from crossguard.configs.schema.fusion import FusionConfig
 from crossguard.configs.schema.heads import HeadConfig
@@ -50,11 +52,21 @@ FUSIONS = {
 
 def modalities(ranks: Ranks, _: Path) -> dict[str, Any]:
     """Ranks, and micro-batches, that lack modalities or labels."""
+    return lacking(ranks, model_config(), (4, 6))
+
+
+def media(ranks: Ranks, _: Path) -> dict[str, Any]:
+    """The same with videos, sound and text fields; one encoder looks at images and frames."""
+    return lacking(ranks, media_config(XLS_R), (4,))
+
+
+def lacking(ranks: Ranks, model: ModelConfig, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """How far the losses and weights of every stage are from those of a bare loop."""
     found: dict[str, Any] = {}
-    weights, losses = reference(config_of(0))
+    weights, losses = reference(config_of(0, model))
     for stage in STAGES:
-        for micro_batch_size in (4, 6):
-            with trained(config_of(stage, micro_batch_size=micro_batch_size), ranks) as (loop, engine_losses):
+        for micro_batch_size in sizes:
+            with trained(config_of(stage, model, micro_batch_size=micro_batch_size), ranks) as (loop, engine_losses):
                 found[f"stage {stage} micro-batches up to {micro_batch_size}"] = {
                     "losses": apart(losses, engine_losses),
                     "weights": largest_difference(loop.engine, weights[-1]),
@@ -175,7 +187,7 @@ def checkpointing(ranks: Ranks, _: Path) -> dict[str, Any]:
     return found
 
 
-CASES = (modalities, fusions, averages, adapters, checkpointing, shared_out, offloaded)
+CASES = (modalities, media, fusions, averages, adapters, checkpointing, shared_out, offloaded)
 
 
 def main(folder: str, *names: str) -> None:

@@ -78,7 +78,7 @@ def settings(folder: Path) -> Config:
 
 def train(folder: Path, run_dir: str, ranks: Ranks) -> int | None:
     """The step after which training was stopped, or None when it came to its end."""
-    preemption._Rank.asked = None
+    preemption._Rank.asked_at = None
     try:
         run_training(replace(copy.deepcopy(settings(folder)), run_dir=str(folder / run_dir)), ranks)
     except Preempted:
@@ -89,7 +89,7 @@ def train(folder: Path, run_dir: str, ranks: Ranks) -> int | None:
 
 def evaluate(folder: Path, ranks: Ranks) -> str | None:
     """The report's figures, or None when the evaluate stage was stopped."""
-    preemption._Rank.asked = None
+    preemption._Rank.asked_at = None
     try:
         run_evaluation(copy.deepcopy(settings(folder)), ranks)
     except Preempted:

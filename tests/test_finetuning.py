@@ -62,6 +62,16 @@ def test_ranks_and_micro_batches_may_lack_modalities_and_labels(found: list[dict
             assert difference["weights"] < WEIGHTS, case
 
 
+def test_ranks_and_micro_batches_may_lack_videos_and_sound(found: list[dict[str, Any]]) -> None:
+    """The same with four modalities and text fields."""
+    for rank in found:
+        assert rank["media"].pop("moved") > 1e-3
+        assert len(rank["media"]) == 4
+        for case, difference in rank["media"].items():
+            assert difference["losses"] < 1e-6, case
+            assert difference["weights"] < WEIGHTS, case
+
+
 def test_ranks_may_lack_modalities_in_every_kind_of_fusion(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert len(rank["fusions"]) == 8

@@ -62,7 +62,7 @@ def test_logits_depend_neither_on_padding_nor_on_neighbours(config: ModelConfig)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_parameter_gets_a_gradient_from_every_batch(config: ModelConfig) -> None:
     model = build_model(config, TAXONOMY, load_tokenizer(config.text), seed=1)
-    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.heads.main.logits.weight)
     full, *_, nothing, _ = media_posts(config)
     for post, zero in ((full, False), (nothing, True)):
         model.zero_grad()

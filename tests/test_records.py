@@ -68,6 +68,14 @@ def test_empty_text_is_no_text() -> None:
     assert parse_post({"id": "p", "text": "", "image": "a.png", "labels": {}}, TAXONOMY).text is None
 
 
+def test_what_is_written_beside_the_caption_is_text_and_never_among_the_fields() -> None:
+    post = parse_post({"id": "p", "comments": ["one", " ", "two"], "transcript": "", "labels": {}}, TAXONOMY)
+    assert post == Post("p", comments=("one", "two"))
+    assert post.further_texts() == {"comments": ("one", "two")}
+    every = parse_post({"id": "p", "ocr": SECRET, "transcript": SECRET, "comments": [SECRET], "labels": {}}, TAXONOMY)
+    assert SECRET not in json.dumps(every.to_json())
+
+
 @pytest.mark.parametrize(
     ("fields", "field", "message"),
     [
@@ -105,6 +113,12 @@ def test_empty_text_is_no_text() -> None:
         ({"image": "a.jpg", "images": ["b.jpg"]}, "images", "not both"),
         ({"restricted": True}, "restricted", "never text"),
         ({"restricted": True, "text": None, "image": "a.jpg"}, "restricted", "never image"),
+        ({"restricted": True, "text": None, "transcript": SECRET}, "restricted", "never transcript"),
+        ({"restricted": True, "text": None, "comments": [SECRET]}, "restricted", "never comments"),
+        ({"ocr": [SECRET]}, "ocr", "must be a string, not a list"),
+        ({"comments": SECRET}, "comments", "must be a list of strings, not a string"),
+        ({"comments": ["a", 7]}, "comments[1]", "must be a string, not a number"),
+        ({"comments": ["\ud800"]}, "comments[0]", "no valid Unicode"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_field(fields: dict[str, Any], field: str, message: str) -> None:

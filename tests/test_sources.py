@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import build_job
 import pytest
 from PIL import Image
 
@@ -207,6 +209,29 @@ def test_parquet_with_types_and_embedded_images(tmp_path: Path) -> None:
     first, second = posts(source("table", tmp_path / "p.parquet"))
     assert first == Post("7", images=(picture(),), labels={"hate": 1.0}, created_at="1970-01-01T00:00:00+00:00")
     assert second == Post("8", text="t")
+
+
+def test_every_source_passes_on_what_is_written_beside_the_caption(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    comments = ["erster", "второй"]
+    record = {"id": "a", "ocr": "SALE", "transcript": "hello", "comments": comments, "labels": {}, "split": "train"}
+    expected = [Post("a", ocr="SALE", transcript="hello", comments=tuple(comments), split="train")]
+    lines = jsonl(tmp_path / "a.jsonl", record)
+    assert posts(source("jsonl", lines)) == expected
+    cells = ["a", "SALE", "hello", json.dumps(comments), "{}", "train"]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([list(record), cells])
+    assert posts(source("table", tmp_path / "a.csv")) == expected
+    columns = {name: [value] for name, value in record.items() if name != "labels"} | {"labels.hate": [None]}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert posts(source("table", tmp_path / "a.parquet")) == expected
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))
+    assert posts(source("hf", tmp_path / "saved")) == expected
+    build_job.build(build_job.make_config(lines), tmp_path / "run")
+    assert posts(source("webdataset", tmp_path / "run/shards/train")) == [replace(expected[0], language="und")]
 
 
 # --- Hugging Face datasets

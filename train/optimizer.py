@@ -16,8 +16,10 @@ from crossguard.configs.schema import TrainConfig
 from crossguard.train import ema
 
 # The n-th layer of an encoder, in the names that transformers, timm and our own models use.
-_LAYER = re.compile(r"^(text|image)\b.*?\b(?:layers?|blocks?|h|stages?)\.(\d+)\.")
-_BELOW_ALL_LAYERS = re.compile(r"^(text|image)\b.*(embed|patch|stem|position)")
+_LAYER = re.compile(r"^(text|image|video|audio)\b.*?\b(?:layers?|blocks?|h|stages?)\.(\d+)\.")
+_BELOW_ALL_LAYERS = re.compile(
+    r"^(text|image|video)\b.*(?:embed|patch|stem|position)|^(audio)\b.*(?:embed|conv|feature_)"
+)
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
@@ -78,7 +80,7 @@ def layer_factors(names: list[str], layer_decay: float) -> dict[str, float]:
             encoder, layer = layers[name]
             below_top = depth[encoder] - 1 - layer
         elif match := _BELOW_ALL_LAYERS.match(name):
-            below_top = depth[match[1]]
+            below_top = depth[match[1] or match[2]]
         factors[name] = layer_decay**below_top
     return factors
 

@@ -74,7 +74,7 @@ def sample_frames(data: bytes, count: int, size: int, sampling: str) -> Clip:
 
 
 def check_video(data: bytes) -> str | None:
-    """Why a video cannot be used, or None when its first frame can be decoded."""
+    """Why a video cannot be used, or None when its middle frame can be decoded."""
     try:
         sample_frames(data, count=1, size=1, sampling="uniform")
     except MediaError as error:
@@ -90,8 +90,10 @@ def opened(data: bytes) -> Iterator[Any]:
     try:
         with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
             yield container
-    except (av.error.FFmpegError, ValueError, EOFError, OSError) as error:
-        # ffmpeg's own words may hold what the file says of itself.
+    except MediaError:
+        raise
+    except Exception as error:  # PyAV raises errors of many types on damaged files
+        # Their words may hold what the file says of itself.
         raise MediaError(f"damaged, truncated or of an unknown format ({type(error).__name__})") from None
 
 
@@ -117,6 +119,8 @@ def _video_stream(container: Any) -> Any:
     if not streams:
         raise MediaError("a file without video")
     stream = streams[0]
+    if stream.codec_context is None:
+        raise MediaError("a video of a codec that ffmpeg cannot decode")
     _check_pixels(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.thread_count = 1  # There are as many processes as cores already.
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}

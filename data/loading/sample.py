@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -38,6 +39,12 @@ class RawSample:
     def language(self) -> str:
         """Language code; "und" when none was given."""
         return str(self.post.get("language") or "und")
+
+    @property
+    def written(self) -> str:
+        """All that is written in the post, a line for each text."""
+        further = (value if isinstance(value, list) else [value] for value in self.texts.values())
+        return "\n".join(filter(None, [self.text, *chain.from_iterable(further)]))
 
 
 def parse_sample(data: bytes, key: str, text_bytes: int | None = None) -> RawSample:

@@ -37,6 +37,8 @@ def decode_sound(data: bytes, seconds: float) -> np.ndarray | None:
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise MediaError("sound of a codec that ffmpeg cannot decode")
         stream.codec_context.thread_count = 1
         heard = 0
         for part in _resampled(container, stream):

@@ -103,7 +103,7 @@ def clip_extension(data: bytes, path: str | None, known: frozenset[str]) -> str:
 
 
 def check_clip(data: bytes, field: str) -> None:
-    """Decode the start of a video or a recording, as `field` says.
+    """Decode the middle frame of a video, or the start of a recording, as `field` says.
 
     Raises:
         RefusedMedia: that is not possible.

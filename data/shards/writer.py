@@ -137,7 +137,7 @@ class SampleReader:
     Args:
         spool: the posts.
         roots: folders that media paths start from.
-        decode: whether images, and the start of clips, are decoded to find damage; needless to see whether bytes are
+        decode: whether images, and a part of each clip, are decoded to find damage; needless to see whether bytes are
             those of a shard.
     """
 

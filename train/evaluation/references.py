@@ -27,7 +27,7 @@ STRENGTHS = (1.0, 4.0, 16.0)
 
 @dataclass(frozen=True)
 class Texts:
-    """What the reference sees of posts: a post without text has an empty one."""
+    """What the reference sees of posts, all that is written in them: a post without text has an empty one."""
 
     ids: list[str]
     languages: list[str]
@@ -81,7 +81,7 @@ def read_texts(reader: ShardReader, rows: np.ndarray, taxonomy: Taxonomy) -> Tex
     return Texts(
         ids=[sample.id for sample in samples],
         languages=[sample.language for sample in samples],
-        texts=[sample.text or "" for sample in samples],
+        texts=[sample.written for sample in samples],
         labels=np.array(labels, dtype=np.float32).reshape(len(samples), len(taxonomy.names)),
     )
 

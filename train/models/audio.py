@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.audio import LOG_MEL, SAMPLE_RATE, AudioEncoderConfig
-from crossguard.train.models.hugging_face import load_encoder, new_encoder
+from crossguard.train.models.hugging_face import RANDOM, load_encoder, new_encoder
 from crossguard.train.models.pieces import AttentionPool, by_post
 from crossguard.train.models.tokens import Tokens
 from crossguard.train.models.tower import Tower, build_own_tower
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # Both families make fifty tokens of a second: so many become one, by their mean.
 TOKENS_TOGETHER = 25
-# Layers left out at random, and inputs hidden at random, would differ from rank to rank.
-RANDOM = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
 
 
 class SpectrogramTower(Tower):
@@ -105,7 +103,7 @@ def build_audio_tower(config: AudioEncoderConfig) -> Tower:
     if config.build:
         return build_own_tower(config.build, "model.audio.build", config)
     encoder = (
-        load_encoder(config.pretrained, "audio", RANDOM)
+        load_encoder(config.pretrained, "audio")
         if config.pretrained
         else new_encoder(config.config, _defaults(config), "audio")
     )

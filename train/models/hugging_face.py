@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Role = Literal["text", "image", "video", "audio"]
+# Of encoders of sound: layers left out and inputs hidden at random, which would differ from rank to rank.
+RANDOM = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
 ENCODED = {"text": "texts", "image": "images", "video": "images", "audio": "sound"}
 # How weights are shared out while they are read; None: every rank holds them whole.
 _DEEPSPEED: ContextVar[Mapping[str, Any] | None] = ContextVar("deepspeed", default=None)
@@ -29,26 +31,22 @@ INPUTS = {
 }
 
 
-def load_encoder(name: str, role: Role, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def load_encoder(name: str, role: Role) -> PreTrainedModel:
     """A pretrained encoder in float32; of a dual encoder (CLIP, SigLIP) the tower of `role`.
 
     Args:
         name: hub id or local folder.
         role: which tower, and which key of the configuration an error names.
-        settings: of its configuration, in place of those that it was saved with; those that it has.
 
     Raises:
         UserError: there is no such model, it reads something else, or its file lacks weights of the encoder.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     key = f"model.{role}.pretrained={name}"
     # What a fresh pooler draws must not change what is drawn after it: that depends on how the weights are read.
     with _opening(key), _quiet(), torch.random.fork_rng(devices=[]), _partitioning():
-        config = _tower_config(AutoConfig.from_pretrained(name), role)
-        for setting, value in (settings or {}).items():
-            if hasattr(config, setting):
-                setattr(config, setting, value)
+        config = _read_config(name, role)
         encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     # A pooler is made anew for many checkpoints; it is not used here.
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
@@ -138,10 +136,8 @@ def pretrained_config(name: str, role: Role) -> dict[str, Any]:
     Raises:
         UserError: there is no such model.
     """
-    from transformers import AutoConfig
-
     with _opening(f"model.{role}.pretrained={name}"):
-        return _as_values(_tower_config(AutoConfig.from_pretrained(name), role))
+        return _as_values(_read_config(name, role))
 
 
 @contextmanager
@@ -152,6 +148,17 @@ def _opening(key: str) -> Iterator[None]:
         raise UserError(
             f"{key}: neither a folder with a model nor one that the hub has ({_first_line(error)})"
         ) from error
+
+
+def _read_config(name: str, role: Role) -> Any:
+    """The configuration of a pretrained encoder, without what is random in a way that differs from rank to rank."""
+    from transformers import AutoConfig
+
+    config = _tower_config(AutoConfig.from_pretrained(name), role)
+    for setting, value in RANDOM.items():
+        if role == "audio" and hasattr(config, setting):
+            setattr(config, setting, value)
+    return config
 
 
 def _as_values(config: Any) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class AttentionPool(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        # A bias would add the same to all scores, which changes nothing.
+        self.norm = nn.LayerNorm(width, bias=False)
         self.score = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
