@@ -202,6 +202,7 @@ def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
             "train.freeze=[fusion.gates.text.weight,fusion.features.image.*,heads.main.logits.*]",
         ],
         ["model.heads={one: {policies: [spam], hidden: 4}}", "train.freeze=[heads.one.hidden.*]"],
+        ["train.freeze=[text,image,fusion,heads.main]", "train.cache_embeddings=true"],
         ["model.text.config.global_attn_every_n_layers=2", "model.text.config.pad_token_id=null"],
         # What a hub's encoder or one's own is called inside shows when it is there.
         ["model=siglip2_base", "train.freeze=['text.encoder.anything.*']"],

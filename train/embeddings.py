@@ -34,11 +34,13 @@ from crossguard.data.loading.embeddings import (
     find_blocks,
     is_whole,
     label_digest,
+    shard_name,
     write_block,
 )
 from crossguard.data.loading.loader import BatchMaker, Delivery, Task
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.loading.workers import results
+from crossguard.data.shards.folder import ShardFolder
 from crossguard.train import preemption
 from crossguard.train.encode import PostEncoder
 from crossguard.train.engine import Engine
@@ -58,17 +60,21 @@ class EmbeddingCache:
         config: the recipe; its run directory holds them unless it names another folder.
         engine: the model, with the weights that it will keep where it is frozen.
         encode: of the posts.
+        shards: all that the job reads. In a folder of the run's own nothing is kept of others: embeddings are personal
+            data as the posts are.
 
     Raises:
         UserError: an encoder is not frozen.
     """
 
-    def __init__(self, config: Config, engine: Engine, encode: PostEncoder):
+    def __init__(self, config: Config, engine: Engine, encode: PostEncoder, shards: Sequence[ShardFolder]):
         self.config, self.engine, self.encode = config, engine, encode
         self.model = cast(Classifier, engine.model)
         self.seam = Seam.of(self.model)
         self.root = Path(config.train.embeddings_dir or Path(config.run_dir) / "embeddings")
         self.folder = self.root / self._key()
+        own = {shard_name(shard) for folder in shards for shard in folder.manifest.shards}
+        engine.ranks.on_first(lambda: self._open(own))
 
     def of(self, reader: ShardReader, rows: np.ndarray | None = None) -> Embeddings:
         """Those of a split; what is missing is computed. All ranks call it.
@@ -82,9 +88,8 @@ class EmbeddingCache:
             UserError: no post can be read.
             Preempted: a rank was asked to stop; what is computed stays.
         """
-        ranks = self.engine.ranks
-        wanted = _wanted(reader, rows)
-        found = ranks.on_first(lambda: self._find(reader))
+        # One look at the folders decides for all.
+        wanted, found = self.engine.ranks.on_first(lambda: (_wanted(reader, rows), find_blocks(self.folder)))
         found = self._without_damaged({block: found[block] for block in map(_name, wanted) if block in found})
         missing = [block for block in wanted if _name(block) not in found]
         if missing:
@@ -93,19 +98,17 @@ class EmbeddingCache:
             raise UserError(f"{reader.place}: not one post of split '{reader.split}' can be read")
         return Embeddings(blocks_of(reader), found)
 
-    def _find(self, reader: ShardReader) -> dict[tuple[str, int], Path]:
-        """Rank 0: the blocks that are there. In a folder of the run's own, none that it will not read again stays:
-        they are personal data as the posts are."""
+    def _open(self, own: set[str]) -> None:
+        """Rank 0: the folder, without what this run will not read again, nor what a killed one has half written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.config.train.embeddings_dir:
-            own = {shard.sha256[:32] for folder in reader.folders for shard in folder.manifest.shards}
-            for path in self.root.iterdir():
-                if path != self.folder:
-                    shutil.rmtree(path)
-            for path in self.folder.iterdir():
-                if path.name.partition("-")[0] not in own:
-                    path.unlink()
-        return find_blocks(self.folder)
+        if self.config.train.embeddings_dir:
+            return
+        for path in self.root.iterdir():
+            if path != self.folder:
+                shutil.rmtree(path)
+        for path in self.folder.iterdir():
+            if path.name.partition("-")[0] not in own:
+                path.unlink()
 
     def _without_damaged(self, found: dict[tuple[str, int], Path]) -> dict[tuple[str, int], Path]:
         """Those whose content is what their name says; each rank reads its share of them."""
@@ -141,15 +144,15 @@ class EmbeddingCache:
             for turn in range(max(map(len, turns))):
                 if ranks.any(preemption.asked()):
                     raise Preempted("train: stopped before all embeddings were computed; start again and it goes on")
-                if found is None:
-                    self._embed(None)
-                    continue
-                found.add(delivery := next(deliveries), self._embed(delivery))
-                following = mine[turn + 1][0] if turn + 1 < len(mine) else None
-                if following != found.block:
-                    if (arrays := found.arrays()) is not None:
-                        written[_name(found.block)] = self._write(found.block, arrays)
-                    found = _Found(following) if following is not None else None
+                delivery = next(deliveries, None)
+                said = self._embed(delivery)
+                if delivery is not None and found is not None:
+                    found.add(delivery, said)
+                    following = mine[turn + 1][0] if turn + 1 < len(mine) else None
+                    if following != found.block:
+                        if (arrays := found.arrays()) is not None:
+                            written[_name(found.block)] = self._write(found.block, arrays)
+                        found = _Found(following) if following is not None else None
                 shown.advance(sum(len(of_rank[turn][1]) for of_rank in turns if turn < len(of_rank)))
         return {block: path for each in ranks.gather(written) for block, path in each.items()}
 

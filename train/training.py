@@ -101,7 +101,7 @@ def _train(
         refusals.agree()
         saver.save(_about(config, inputs, beside, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
-    cache = EmbeddingCache(config, engine, inputs.encode) if config.train.cache_embeddings else None
+    cache = _open_cache(config, engine, inputs)
     embeddings = None if cache is None else cache.of(inputs.reader)
     # Of the encoders, which take most of it, nothing is computed then.
     compute = None if cache is not None else find_compute(config, ranks)
@@ -132,6 +132,12 @@ def _train(
             validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write, cache),
             save=save,
         ).run()
+
+
+def _open_cache(config: Config, engine: Engine, inputs: Inputs) -> EmbeddingCache | None:
+    if not config.train.cache_embeddings:
+        return None
+    return EmbeddingCache(config, engine, inputs.encode, inputs.reader.folders)
 
 
 def _open_loader(

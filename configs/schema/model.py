@@ -50,7 +50,7 @@ class ModelConfig:
     # How modalities are joined.
     fusion: FusionConfig = field(default_factory=FusionConfig)
     # Head -> its policies; by default one, `main`, decides all. A head of its own lets a policy be trained while
-    # everything else is frozen, e.g. train.freeze=["text.*", "image.*", "fusion.*", "heads.main.*"].
+    # everything else is frozen, e.g. train.freeze=[text, image, fusion, heads.main].
     heads: dict[str, HeadConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
+from crossguard.data.shards.manifest import ShardInfo
 
 BLOCK_ROWS = 4096
 # uint64[rows]: what the post was labeled as when it was embedded, by `label_digest`; 0 where there is no embedding.
@@ -41,7 +42,7 @@ Arrays = dict[str, np.ndarray]
 class Block:
     """Samples of a shard that lie side by side."""
 
-    # The start of the hash of the shard's tar, and which of its blocks.
+    # By `shard_name`, and which of its blocks.
     shard: str
     number: int
     # Where it starts among the rows of the split, and how many it has.
@@ -57,10 +58,15 @@ class Block:
 def blocks_of(reader: ShardReader) -> list[Block]:
     """All blocks of a split, in the order of its rows."""
     return [
-        Block(shard.sha256[:32], number, int(start) + first, min(BLOCK_ROWS, shard.samples - first))
+        Block(shard_name(shard), number, int(start) + first, min(BLOCK_ROWS, shard.samples - first))
         for shard, start in zip(reader.shards, reader.starts[:-1], strict=True)
         for number, first in enumerate(range(0, shard.samples, BLOCK_ROWS))
     ]
+
+
+def shard_name(shard: ShardInfo) -> str:
+    """What blocks call a shard: the start of the hash of its tar."""
+    return shard.sha256[:32]
 
 
 def find_blocks(folder: Path) -> dict[tuple[str, int], Path]:
