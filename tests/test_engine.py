@@ -71,6 +71,19 @@ def test_freeze_names_the_nearest_parameter() -> None:
         freeze(TinyModel(), ["*"])
 
 
+def test_a_pattern_names_what_learns_faster() -> None:
+    model = TinyModel()
+    optimizer = build_optimizer(model, TrainConfig(lr_factors={"*": 2, "head": 10}))
+    scales = {id(parameter): group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    named = {name: scales[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in scales}
+    assert {named["head.weight"], named["head.bias"]} == {10}
+    assert named["inner.weight"] == 2
+    with pytest.raises(UserError, match=r"train\.lr_factors: 'haed' matches no parameter; did you mean 'head"):
+        build_optimizer(model, TrainConfig(lr_factors={"haed": 2}))
+    with pytest.raises(UserError, match=r"train\.lr_factors\.head=0: must be above 0"):
+        TrainConfig(lr_factors={"head": 0})
+
+
 def test_layer_decay() -> None:
     names = [
         "text.encoder.embeddings.word_embeddings.weight",

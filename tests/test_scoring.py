@@ -26,7 +26,7 @@ from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.encode import PostEncoder
-from crossguard.train.evaluation.conditions import Disguise
+from crossguard.train.evaluation.disguise import Disguise
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.stage import run_evaluation

@@ -90,6 +90,9 @@ class TextEncoderConfig(EncoderConfig):
     fill: bool = False
     # Put in front of every text, for encoders that were trained with one (e5: "query: ").
     prefix: str = ""
+    # Layers of the encoder whose outputs, side by side, are what it says of a token (1 is the lowest, arXiv
+    # 1802.05365); by default the top one alone. Of a frozen encoder, middle layers carry over better between languages.
+    layers: list[int] = field(default_factory=list)
     # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
     # 0 reads texts as they are.
     normaliser: int = 0
@@ -100,6 +103,8 @@ class TextEncoderConfig(EncoderConfig):
     def __post_init__(self) -> None:
         self.check_encoder("model.text")
         at_least("model.text.max_length", self.max_length, 4)
+        for layer in self.layers:
+            at_least("model.text.layers", layer, 1)
         for name, tokens in self.fields.items():
             one_of("model.text.fields", name, FURTHER_TEXTS)
             at_least(f"model.text.fields.{name}", tokens, 2)

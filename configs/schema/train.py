@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.checks import at_least, one_of, within
+from crossguard.configs.schema.checks import above, at_least, one_of, within
 from crossguard.configs.schema.loss import AlignmentConfig, ConsistencyConfig, DistillConfig, LossConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -68,6 +68,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     # Each encoder layer below the top learns at this factor of the one above it; 1 is off.
     layer_decay: float = 1.0
+    # Pattern of names, as in `freeze` -> the factor of `lr` there, e.g. {heads: 10}, whatever layer_decay says; where
+    # several match, the last one counts.
+    lr_factors: dict[str, float] = field(default_factory=dict)
     # Parameters and modules whose names match one of these patterns (fnmatch) are not trained: "text.*embeddings*", or
     # text, image and fusion, which leaves the head. An encoder of which nothing is trained works without dropout.
     freeze: list[str] = field(default_factory=list)
@@ -135,6 +138,8 @@ class TrainConfig:
         within("train.max_refused", self.max_refused, 0, 1)
         within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         within("train.layer_decay", self.layer_decay, 0, 1)
+        for pattern, factor in self.lr_factors.items():
+            above(f"train.lr_factors.{pattern}", factor, 0)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay={self.ema_decay}: a number in [0, 1)")
         one_of("train.precision", self.precision, PRECISIONS)

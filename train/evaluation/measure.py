@@ -18,7 +18,6 @@ from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.compare import compare, read_run
-from crossguard.train.evaluation.conditions import DISGUISED, UnderConditions
 from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
@@ -56,8 +55,8 @@ class Scores:
 
     # Name -> split -> predictions.
     scored: dict[str, Scored]
-    # Name -> predictions on the split that is shown first, under conditions.
-    changed: dict[str, UnderConditions]
+    # Name -> family of attacks -> predictions on the split that is shown first.
+    disguised: dict[str, Scored]
     # Of the run's own model: on the functional suite, if there is one.
     suite: list[Predictions]
     # Modalities -> its predictions from them alone, on the split that is shown first, if they were asked for.
@@ -115,7 +114,7 @@ def _figures(config: Config, posts: Posts, scores: Scores, references: dict[str,
         found = compare(scored[MODEL], read_run(earlier), config.evaluation)
         metrics["against"] = {"run": earlier.name, "margin": config.evaluation.margin, **found}
     if config.evaluation.attacks:
-        metrics["evasion"] = _evasion(scored[MODEL], scores.changed[MODEL], decisions, config)
+        metrics["evasion"] = _evasion(scored[MODEL], scores.disguised[MODEL], decisions, config)
     if scores.suite:
         validation = scored[MODEL].get(VALIDATION)
         thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
@@ -130,7 +129,7 @@ def _figures_beside(config: Config, scores: Scores) -> dict[str, Any]:
     found = {name: _beside(scored, config) for name, scored in scores.scored.items() if name != MODEL}
     if config.evaluation.attacks:
         for name, measured in found.items():
-            measured["evasion"] = _evasion(scores.scored[name], scores.changed[name], None, config)
+            measured["evasion"] = _evasion(scores.scored[name], scores.disguised[name], None, config)
     return {"ablations": found} if found else {}
 
 
@@ -161,9 +160,9 @@ def _measure_routing(
         splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, config.evaluation)
 
 
-def _evasion(scored: Scored, changed: UnderConditions, decisions: Decisions | None, config: Config) -> dict[str, Any]:
+def _evasion(scored: Scored, disguised: Scored, decisions: Decisions | None, config: Config) -> dict[str, Any]:
     split = shown_split(scored)
-    return measure_evasion(scored, split, changed[DISGUISED], decisions, config.evaluation)
+    return measure_evasion(scored, split, disguised, decisions, config.evaluation)
 
 
 def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bool = False) -> dict[str, Any]:
