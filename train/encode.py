@@ -79,15 +79,14 @@ class PostEncoder:
             MediaError: an image, a video or a recording cannot be decoded.
         """
         parts = self._parts(raw, position)
+        tokens = parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
         return EncodedSample(
             id=raw.id,
             language=raw.language,
-            input_ids=np.array(list(itertools.chain(*parts)), dtype=np.int32) if parts else None,
+            input_ids=np.array(tokens, dtype=np.int32) if parts else None,
             images=[decode_image(data, self.layout["image_size"]) for data in raw.images[: self.max_images]],
             labels=self._labels(raw.post),
-            segments=np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
-            if parts and self.fields
-            else None,
+            segments=_numbered(parts) if parts and self.fields else None,
             clip=self._frames(raw),
             sound=self._sound(raw),
         )
@@ -165,3 +164,8 @@ class PostEncoder:
             "policies": self.taxonomy.columns,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _numbered(parts: list[list[int]]) -> np.ndarray:
+    """uint8, for each token the number of the part that it is in."""
+    return np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts])
