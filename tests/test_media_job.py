@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from evaluation_job import ALONE, make_config
 from media_posts import WHISPER
-from rank_jobs import alone
+from rank_models import alone
 from sklearn.metrics import roc_auc_score
 from tiny_models import BERT, VIT
 

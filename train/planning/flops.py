@@ -7,7 +7,7 @@ token with every other. Its coefficients are those of passes over shapes.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -44,7 +44,9 @@ class PostFlops:
         sizes = _sizes(config.model)
         with sdpa_kernel(SDPBackend.MATH):  # Fused attention computes its scores once more on the way back.
             seconds = config.model.audio.max_seconds
-            measured = [shapes.trace(POSTS, PostSize(*size, seconds=seconds)).flops / POSTS for size in sizes.tolist()]
+            measured = [
+                shapes.trace(POSTS, replace(PostSize(*size), seconds=seconds)).flops / POSTS for size in sizes.tolist()
+            ]
         # What a model does not look at does not count.
         read = [name in config.model.modalities for name in MODALITIES]
         terms = _terms(np.where(read, sizes, 0))
