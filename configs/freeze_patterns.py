@@ -12,6 +12,11 @@ from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.suggest import did_you_mean
 
 
+def freezes(pattern: str, name: str) -> bool:
+    """Whether a pattern is that of a parameter, or of a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
 def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
     """Refuse a pattern that can match no parameter of the model.
 
@@ -34,7 +39,7 @@ def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
         start = re.split(r"[*?[]", pattern)[0]
         if any(prefix.startswith(start) or start.startswith(prefix) for prefix in open_ended):
             continue
-        if not any(fnmatchcase(name, loose) for name in names):
+        if not any(freezes(loose, name) for name in names):
             raise no_match(pattern, [*names, *open_ended])
 
 

@@ -28,17 +28,20 @@ MAY_CHANGE = (
     "description",
     "evaluation",
     "launcher",
-    # Where a pretrained encoder lay does not matter any more: its weights are in the checkpoint.
+    # Where the first weights lay does not matter any more: they are in the checkpoint.
     "model.audio.pretrained",
     "model.image.pretrained",
+    "model.start_from",
     "model.text.pretrained",
     "model.video.pretrained",
     "recipe",
     "run_dir",
     "tracker",
+    "train.cache_embeddings",
     "train.compile",
     # Like another number of ranks, it changes how sums are rounded, and nothing else.
     "train.deterministic",
+    "train.embeddings_dir",
     "train.gradient_checkpointing",
     "train.log_every",
     "train.log_samples",

@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from crossguard.configs.compose import to_schema
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema import Config
+from crossguard.configs.schema import Config, ModelConfig
 
 # Fields that may hold a path, or paths by name.
 PATHS = (
@@ -27,11 +29,13 @@ PATHS = (
     "data.mixing.datasets",
     "evaluation.against",
     "evaluation.suite",
+    "model.start_from",
     "model.text.pretrained",
     "model.text.tokenizer",
     "model.image.pretrained",
     "model.video.pretrained",
     "model.audio.pretrained",
+    "train.embeddings_dir",
 )
 
 
@@ -62,6 +66,24 @@ def load_config(file: Path) -> Config:
         raise UserError(f"{file}: no such file; is this the run directory of a job that has started?")
     loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
     return to_schema(loaded)  # type: ignore[arg-type]
+
+
+def model_of(values: Mapping[str, Any], place: Path) -> ModelConfig:
+    """The model that a run directory or a bundle describes.
+
+    Args:
+        values: what `as_plain` made of it.
+        place: where they stand, for the error.
+
+    Raises:
+        UserError: this version of the schema refuses them.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{place}: {str(error).splitlines()[0]}; it is of another version of crossguard") from None
+    assert isinstance(config, ModelConfig)
+    return config
 
 
 def select(plain: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

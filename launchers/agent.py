@@ -22,7 +22,13 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from crossguard.configs.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED, EXIT_USER_ERROR
+from crossguard.configs.errors import (
+    EXIT_FAILED,
+    EXIT_LOST_CONTACT,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+)
 from crossguard.configs.restarted import RESTARTED
 from crossguard.launchers.statuses import status_of
 from crossguard.launchers.torchrun import AGENT_LOG, CPP_LOG_LEVEL
@@ -30,6 +36,13 @@ from crossguard.launchers.torchrun import AGENT_LOG, CPP_LOG_LEVEL
 
 class Agent(LocalElasticAgent):
     """torchrun's agent, which gives up at once where starting again would not help."""
+
+    # Whether the nodes have met.
+    met = False
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        Agent.met = True
+        return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -63,6 +76,9 @@ def main(argv: list[str]) -> int:
         print("crossguard: another node has ended the job", file=sys.stderr)
         return EXIT_FAILED
     except (RendezvousError, DistError) as error:
+        if Agent.met:
+            print("crossguard: the node of launcher.torchrun.endpoint is gone", file=sys.stderr)
+            return EXIT_LOST_CONTACT
         what = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         print(
             f"crossguard: the nodes did not meet: {what} Does launcher.torchrun.endpoint name one of them, and does no "

@@ -10,7 +10,6 @@ asks the ranks itself, by SIGUSR1; their status comes back as that of `deepspeed
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import re
 import shlex
@@ -21,15 +20,15 @@ from pathlib import Path
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
-from crossguard.launchers.environment import environment_file, environment_of
+from crossguard.launchers.environment import environment_file, environment_of, matching
 from crossguard.launchers.hostfile import Slots, chosen, read_hostfile
 from crossguard.launchers.launcher_output import LauncherOutput
 from crossguard.launchers.programs import need
 from crossguard.launchers.supervised import Child, restarting, run
 
 SECONDS_TO_REACH_HOSTS = 30.0
-# Lines of DeepSpeed itself, and that of pdsh where a host has ended.
-OWN = r"\[\d{4}-\d\d-\d\d \S+ \[[A-Z]+\]"
+# Lines of DeepSpeed and of pdsh, and that where a host has ended.
+OWN = r"\[\d{4}-\d\d-\d\d \S+ \[[A-Z]+\]|pdsh@\S+: "
 ENDED = r"pdsh@\S+: \S+: ssh exited with exit code (\d+)"
 
 
@@ -51,13 +50,14 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
     """Run `python -m crossguard.train ARGUMENTS` on the ranks of all hosts and wait for the end.
 
     Raises:
-        UserError: the hostfile is wrong, or a program is missing; a rank ended with exit status 2.
+        UserError: the hostfile is wrong, a program is missing, or a host; a rank ended with exit status 2.
         Preempted, JobError: see `supervised.run`.
     """
     hosts = hosts_of(config)
     need("pkill", "launcher=deepspeed asks its ranks to stop through it (apt install procps)")
     if hosts:
         need("pdsh", "launcher=deepspeed reaches the hosts through it (apt install pdsh)")
+        _check_hosts(hosts, config)
     per_host = max(map(len, hosts.values())) if hosts else num_procs
     with environment_file(run_dir, exported(config, per_host)) as file:
         token = f"environment={file}"
@@ -67,7 +67,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
             with contextlib.suppress(subprocess.TimeoutExpired):  # A host is gone; the others have heard it.
                 subprocess.run(line, env=_for_pdsh(config), stdout=subprocess.DEVNULL, timeout=SECONDS_TO_REACH_HOSTS)
 
-        def start(arguments: list[str]) -> str:
+        def start(arguments: list[str], _: int) -> str:
             with LauncherOutput(run_dir / "logs" / "deepspeed.log", OWN, ENDED, config.grace_seconds) as output:
                 deepspeed = Child(
                     command([*arguments, token], num_procs, config),
@@ -75,9 +75,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
                     ask_again=True,  # Ranks that are not there yet do not hear it.
                     kill=lambda: send(signal.SIGKILL),
                     at_death=signal.SIGTERM,  # At this it ends the ranks on all hosts.
-                    hear=output.hear,
-                    overdue=output.overdue,
-                    statuses=lambda: output.statuses,
+                    output=output,
                 )
                 return run(deepspeed, config.grace_seconds)
 
@@ -110,9 +108,7 @@ def _for_remote_shell(argument: str) -> str:
 
 def exported(config: LauncherConfig, num_procs: int) -> dict[str, str]:
     """The environment variables that the ranks get."""
-    names = [name for name in os.environ if any(fnmatch.fnmatchcase(name, key) for key in config.deepspeed.export)]
-    names = [name for name in names if name != "CUDA_VISIBLE_DEVICES"]  # DeepSpeed's, from the slots of each host
-    return {name: os.environ[name] for name in names} | environment_of(config, num_procs)
+    return matching(config.deepspeed.export) | environment_of(config, num_procs)
 
 
 def _to_ranks(sent: signal.Signals, token: str, hosts: Slots) -> list[str]:
@@ -124,7 +120,25 @@ def _to_ranks(sent: signal.Signals, token: str, hosts: Slots) -> list[str]:
     return ["pdsh", "-w", ",".join(hosts), shlex.join(line)] if hosts else line
 
 
-def _for_pdsh(config: LauncherConfig) -> dict[str, str]:
+def _check_hosts(hosts: Slots, config: LauncherConfig) -> None:
+    """
+    Raises:
+        UserError: a host does not let this one in without a password, or lacks Python or the working directory.
+    """
+    line = ["pdsh", "-w", ",".join(hosts), shlex.join(["ls", "-d", sys.executable, os.getcwd()])]
+    options = _for_pdsh(config, "-oBatchMode=yes", f"-oConnectTimeout={SECONDS_TO_REACH_HOSTS / 2:.0f}")
+    place = f"{config.deepspeed.hostfile}: host"
+    try:
+        done = subprocess.run(line, env=options, capture_output=True, text=True, timeout=SECONDS_TO_REACH_HOSTS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{place}s: do not all answer over ssh within {SECONDS_TO_REACH_HOSTS:.0f} s") from None
+    failed = re.search(r"^pdsh@\S+: (\S+): ssh exited with exit code \d+$", done.stderr, re.MULTILINE)
+    if failed:
+        said = re.search(rf"^{re.escape(failed[1])}: (.+)$", done.stderr, re.MULTILINE)
+        raise UserError(f"{place} '{failed[1]}': {said[1] if said else 'cannot be reached over ssh'}")
+
+
+def _for_pdsh(config: LauncherConfig, *options: str) -> dict[str, str]:
     port = config.deepspeed.ssh_port
-    own = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    return os.environ | {"PDSH_RCMD_TYPE": "ssh"} | ({"PDSH_SSH_ARGS_APPEND": f"{own} -p {port}"} if port else {})
+    own = [os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *options, *([f"-p {port}"] if port else [])]
+    return os.environ | {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(own).strip()}

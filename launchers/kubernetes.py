@@ -134,11 +134,7 @@ def _container(work: Work, stage: Stage, name: str, config: LauncherConfig) -> d
 
 def _meeting(work: Work, name: str, config: LauncherConfig) -> list[str]:
     """The last word over the launcher: in the pods it is torchrun's agent."""
-    num_procs = procs_per_node(config)
-    chosen = ["launcher.name=torchrun", f"launcher.num_procs={num_procs}"]
-    if config.threads_per_proc is None and (cores := config.kubernetes.resources.get("cpu", "")).isdecimal():
-        # A pod sees all cores of its node, whatever it may use of them.
-        chosen.append(f"launcher.threads_per_proc={max(1, int(cores) // num_procs)}")
+    chosen = ["launcher.name=torchrun", f"launcher.num_procs={procs_per_node(config)}"]
     if config.nodes == 1:
         return chosen
     endpoint = f"{work.name}-{name}-0-0.{work.name}:{PORT}"
@@ -154,14 +150,21 @@ def _literally(word: str) -> str:
     return word.replace("$(", "$$(")
 
 
-def submit(text: str, config: LauncherConfig) -> None:
-    """Hand the manifest to the cluster.
+def submit(names: list[str], text: str, config: LauncherConfig) -> None:
+    """Hand the manifest of the JobSets that are called so to the cluster.
 
     Raises:
-        UserError: kubectl is missing, or the cluster refuses the manifest.
+        UserError: kubectl is missing, one of them is there, running or done, or the cluster refuses the manifest.
     """
     need("kubectl", ELSEWHERE)
-    output(["kubectl", *_namespace(config.kubernetes.namespace), "apply", "--filename=-"], text, wrong=UserError)
+    kubectl = ["kubectl", *_namespace(config.kubernetes.namespace)]
+    there = output([*kubectl, "get", "jobsets", *names, "--ignore-not-found", "--output=name"], wrong=UserError)
+    if there:  # Applied again it would not begin again.
+        found = ", ".join(line.rpartition("/")[2] for line in there.splitlines())
+        raise UserError(
+            f"{found}: in the cluster already; `crossguard launch cancel` removes it, and what it saved stays"
+        )
+    output([*kubectl, "create", "--filename=-"], text, wrong=UserError)
 
 
 def status(names: list[str], namespace: str | None) -> str:

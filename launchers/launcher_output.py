@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ class LauncherOutput:
     Args:
         log: file for its own messages.
         own: how they begin.
-        ended: those that say with which exit status (group 1) ranks somewhere have ended.
+        ended: those that say with which exit status (group 1), or of which signal in words, ranks somewhere have ended.
         grace_seconds: how long the others may take after ranks that have saved and ended.
     """
 
@@ -46,7 +47,7 @@ class LauncherOutput:
         ended = self._ended.match(line)
         if ended:
             self._first_at = self._first_at or time.monotonic()
-            self.statuses.add(int(ended.group(1)))
+            self.statuses.add(_status(ended.group(1)))
         if ended or self._own.match(line):
             print(line, file=self._log)
         else:
@@ -58,3 +59,10 @@ class LauncherOutput:
             return False
         patience = self._grace_seconds if self.statuses == {EXIT_PREEMPTED} else SECONDS_AFTER_A_FAILURE
         return time.monotonic() - self._first_at > patience
+
+
+def _status(said: str) -> int:
+    """The exit status, as shells have it where a signal is named. SLURM has its own word for what lacked memory."""
+    if said.isdecimal():
+        return int(said)
+    return 128 + {signal.strsignal(sent): sent for sent in signal.Signals}.get(said, signal.SIGKILL)

@@ -1,4 +1,8 @@
-"""Ranks on this machine: watched, started again when one is lost, and given time to save when the job is preempted."""
+"""Ranks on this machine: watched, started again when one is lost, and given time to save when the job is preempted.
+
+torchrun's agent (`launcher=torchrun`) would import torch before it starts them, seconds later, and knows neither which
+errors are worth another start nor how to use fewer ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from crossguard.configs.errors import (
-    EXIT_FAILED,
-    EXIT_LOST_CONTACT,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
-    JobError,
-    OutOfMemory,
-    Preempted,
-    UserError,
-)
-from crossguard.configs.preemption import SIGNALS, on_preemption
+from crossguard.configs.errors import EXIT_PREEMPTED, Preempted
+from crossguard.configs.preemption import on_preemption
 from crossguard.configs.schema import LauncherConfig
 from crossguard.launchers.environment import environment_of
 from crossguard.launchers.processes import RankProcesses
-from crossguard.launchers.statuses import explained
+from crossguard.launchers.statuses import outcome, status_of
+from crossguard.launchers.supervised import restarting
 
 # How long the others may take to end when a rank is lost: without it they can save nothing.
 SECONDS_TO_END = 5.0
@@ -32,9 +27,7 @@ SECONDS_TO_END = 5.0
 def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_out: int) -> None:
     """Run `python -m crossguard.train ARGUMENTS` on `num_procs` ranks and wait for the end.
 
-    A rank that is lost, killed by a signal or hanging, ends the others; they start again up to `launcher.max_restarts`
-    times and go on from the newest checkpoint. Where one was out of memory they start again as well, and that is not
-    counted: each time they take fewer posts at once, and fail when it was a single one.
+    A rank that is lost, killed by a signal or hanging, ends the others; see `restarting`.
 
     Args:
         arguments: of the ranks.
@@ -47,26 +40,17 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_
         Preempted: this process or a rank was asked to stop.
         JobError: a rank failed, or was lost once too often.
     """
-    restarts = 0
-    while True:
-        try:
-            lost = _run(arguments, num_procs, config)
-        except OutOfMemory as error:
-            _say(f"{error}; starting again")
-        else:
-            if not lost:
-                return
-            if restarts == config.max_restarts:
-                tried = f" (after {restarts} restarts)" if restarts else ""
-                advice = "see logs/ in the run directory; start again, or set launcher.max_restarts"
-                raise JobError(f"{lost}{tried}; {advice}")
-            restarts += 1
-            # Once may be an accident; a rank that is lost again may lack a place to live.
-            if config.elastic and restarts > 1:
-                num_procs = next((n for n in range(num_procs - 1, 0, -1) if shared_out % n == 0), num_procs)
-            _say(f"{lost}; restart {restarts} of {config.max_restarts} on {num_procs} ranks")
-        # The checkpoints of the first start are not to be moved aside, whoever asked for that; the last word counts.
-        arguments = [*arguments, "train.restart=false"]
+
+    def start(arguments: list[str], restarts: int) -> str:
+        # Once may be an accident; a rank that is lost again may lack a place to live.
+        fewer = max(restarts - 1, 0) if config.elastic else 0
+        divisors = [count for count in range(num_procs - 1, 0, -1) if shared_out % count == 0]
+        left = [num_procs, *divisors][: fewer + 1][-1]
+        if left < num_procs:
+            print(f"crossguard: going on with {left} of {num_procs} ranks", file=sys.stderr, flush=True)
+        return _run(arguments, left, config)
+
+    restarting(start, arguments, config)
 
 
 def count_gpus() -> int:
@@ -108,28 +92,7 @@ def _run(arguments: list[str], num_procs: int, config: LauncherConfig) -> str:
 
 def _outcome(ended: dict[int, int], asked: bool) -> str:
     """What the exit statuses of the ranks that ended first mean."""
-    # The message of a rank is on the terminal already: the first rank prints it.
-    statuses = set(ended.values())
-    if EXIT_USER_ERROR in statuses:
-        raise UserError("")
-    # A rank is ended by the signal itself before it has learned to heed it.
-    preempted = asked and EXIT_FAILED not in statuses
-    if preempted or statuses & {EXIT_PREEMPTED, *(-name for name in SIGNALS)}:
-        raise Preempted("preempted; start again and it goes on where it stopped")
+    status = status_of(set(ended.values()))
     # The others may have ended as well, of having lost this one.
-    if short := [rank for rank, status in ended.items() if status == EXIT_OUT_OF_MEMORY]:
-        raise OutOfMemory(f"rank {short[0]} was out of memory")
-    killed = {rank: signal.Signals(-status).name for rank, status in ended.items() if status < 0}
-    if killed:
-        return ", ".join(f"rank {rank} was ended by {explained(name)}" for rank, name in killed.items())
-    if statuses - {0} == {EXIT_LOST_CONTACT}:
-        return "ranks lost contact with each other"
-    failed = {rank: status for rank, status in ended.items() if status}
-    if failed:
-        what = ", ".join(f"rank {rank} ended with exit status {status}" for rank, status in failed.items())
-        raise JobError(f"{what}; see logs/ in the run directory")
-    return ""
-
-
-def _say(message: str) -> None:
-    print(f"crossguard: {message}", file=sys.stderr, flush=True)
+    first = next((rank for rank, own in ended.items() if status_of({own}) == status), 0)
+    return outcome(status, asked=asked, who=f"rank {first}")

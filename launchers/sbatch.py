@@ -60,7 +60,8 @@ def script(works: list[Work], config: LauncherConfig, *, output_folder: str, com
     # First of all: a signal that comes before would end the script.
     lines += ["asked= job=", """trap 'asked=yes; [ -z "$job" ] || kill -USR1 "$job" 2>/dev/null' USR1 TERM"""]
     if config.slurm.modules:
-        lines.append(f"module load {shlex.join(config.slurm.modules)}")
+        # A job without what it needs would fail later, and less clearly.
+        lines.append(f"module load {shlex.join(config.slurm.modules)} || exit 2")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in config.environment.items()]
     if len(works) == 1:
         lines.append(f"set -- {shlex.join(works[0].arguments)}")
@@ -77,7 +78,7 @@ def _options(works: list[Work], config: LauncherConfig, output_folder: str, comm
     options = {
         "job-name": works[0].name,
         "chdir": os.getcwd(),
-        "output": f"{output_folder}/slurm-{job}.out",
+        "output": f"{output_folder.replace('%', '%%')}/slurm-{job}.out",
         "open-mode": "append",
         "nodes": config.nodes if ranked else 1,
         "ntasks-per-node": procs_per_node(config) if ranked else 1,
@@ -160,10 +161,10 @@ def is_active(job: str) -> bool:
 
 
 def status(job: str) -> str:
-    """A line for each job of the number: its state, why it waits, where it runs, and how long already."""
+    """A line for each job of the number: its state, why it waits, where it runs, and how long already; or its end."""
     fields = "%i|%T|%r|%M|%l|%N"
     if not is_active(job):
-        return f"{job}: neither waits nor runs any more; see `crossguard launch logs`, and sacct where it is set up"
+        return _end(job)
     rows = output(["squeue", "--noheader", "--array", f"--jobs={job}", f"--format={fields}"]).splitlines()
     lines = []
     for row in rows:
@@ -171,6 +172,21 @@ def status(job: str) -> str:
         where = f" on {nodes}" if nodes else ""
         why = f" ({reason})" if state == "PENDING" else ""
         lines.append(f"{number}: {state.lower()}{why}{where}, {ran} of {limit}")
+    return "\n".join(lines)
+
+
+def _end(job: str) -> str:
+    """How the jobs of the number ended, which SLURM itself knows for some minutes (its MinJobAge)."""
+    try:
+        rows = output(["scontrol", "--oneliner", "show", "job", job]).splitlines()
+    except JobError:
+        return f"{job}: neither waits nor runs any more; see `crossguard launch logs`, and sacct where it is set up"
+    lines = []
+    for row in rows:
+        known = dict(word.partition("=")[::2] for word in row.split())
+        number = f"{known['ArrayJobId']}_{known['ArrayTaskId']}" if "ArrayTaskId" in known else known["JobId"]
+        status = known["ExitCode"].partition(":")[0]
+        lines.append(f"{number}: {known['JobState'].lower()}, exit status {status}; see `crossguard launch logs`")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from crossguard.configs.errors import UserError
@@ -27,7 +28,7 @@ PORTS = range(15000, 32000)
 SECONDS_AFTER_THE_FIRST = 180
 # Lines of SLURM itself, and those where ranks have ended.
 OWN = r"(srun|slurmstepd\S*): "
-ENDED = r"srun: error: \S+: tasks? \S+: Exited with exit code (\d+)"
+ENDED = r"srun: error: \S+: tasks? \S+: (?:Exited with exit code )?(\d+|[A-Z][^()]*\w)"
 
 
 def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir: Path) -> None:
@@ -45,40 +46,49 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
             f"launcher.nodes={config.nodes}: this allocation has {allocated}; say launcher.nodes={allocated}"
         )
 
-    def start(arguments: list[str]) -> str:
+    def start(arguments: list[str], _: int) -> str:
         with LauncherOutput(run_dir / "logs" / "srun.log", OWN, ENDED, config.grace_seconds) as output:
+            variables = _variables(num_procs, config)
             srun = Child(
-                command(arguments, num_procs, config),
+                command(arguments, variables, config, run_dir),
                 ask=_ask,
                 ask_again=True,  # Ranks that are not there yet do not hear it.
                 at_death=signal.SIGTERM,
-                environment=os.environ | _variables(num_procs, config),
-                hear=output.hear,
-                overdue=output.overdue,
-                statuses=lambda: output.statuses,
+                environment=os.environ | variables,
+                output=output,
             )
             return run(srun, config.grace_seconds)
 
     restarting(start, arguments, config)
 
 
-def command(arguments: list[str], num_procs: int, config: LauncherConfig) -> list[str]:
-    """The command line of srun; its tasks take their numbers for ranks."""
+def command(arguments: list[str], variables: Mapping[str, str], config: LauncherConfig, run_dir: Path) -> list[str]:
+    """The command line of srun, to be started with `variables`; its tasks take their numbers for ranks."""
     slurm = config.slurm
-    options = [f"--nodes={config.nodes}", f"--ntasks-per-node={num_procs}"]
+    options = [f"--nodes={config.nodes}", f"--ntasks-per-node={variables['LOCAL_WORLD_SIZE']}"]
     options += ["--kill-on-bad-exit=0", f"--wait={SECONDS_AFTER_THE_FIRST}"]
     if slurm.cpus_per_task:
         options.append(f"--cpus-per-task={slurm.cpus_per_task}")
+    python = sys.executable
     if slurm.container:
-        here = os.getcwd()
-        mounts = ",".join([f"{here}:{here}", *slurm.container_mounts])
-        options += [
-            f"--container-image={slurm.container}",
-            f"--container-mounts={mounts}",
-            f"--container-workdir={here}",
-        ]
+        options += _container(variables, config, run_dir)
+        python = "python3"  # The image's own: that of the node need not be there.
     ranks = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"'
-    return ["srun", *options, "bash", "-c", ranks, "rank", sys.executable, "-m", "crossguard.train", *arguments]
+    return ["srun", *options, "bash", "-c", ranks, "rank", python, "-m", "crossguard.train", *arguments]
+
+
+def _container(variables: Mapping[str, str], config: LauncherConfig, run_dir: Path) -> list[str]:
+    """Options of pyxis (https://github.com/NVIDIA/pyxis): what the ranks write must not be gone with the container."""
+    slurm, here = config.slurm, Path.cwd()
+    folders = dict.fromkeys([here, *([] if run_dir.absolute().is_relative_to(here) else [run_dir.absolute()])])
+    mounts = [*(f"{folder}:{folder}" for folder in folders), *slurm.container_mounts]
+    return [
+        f"--container-image={slurm.container}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={here}",
+        # Else the image's own values would win.
+        f"--container-env={','.join(variables)}",
+    ]
 
 
 def _variables(num_procs: int, config: LauncherConfig) -> dict[str, str]:

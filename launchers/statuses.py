@@ -11,12 +11,11 @@ from crossguard.configs.errors import (
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     JobError,
+    OutOfMemory,
     Preempted,
     UserError,
 )
 from crossguard.configs.preemption import SIGNALS
-
-OUT_OF_MEMORY = "a rank was out of memory"
 
 
 def status_of(statuses: set[int]) -> int:
@@ -42,12 +41,13 @@ def status_of(statuses: set[int]) -> int:
     return EXIT_FAILED if statuses - {0} else 0
 
 
-def outcome(status: int, *, asked: bool) -> str:
+def outcome(status: int, *, asked: bool, who: str = "a rank") -> str:
     """What became of the ranks.
 
     Args:
         status: as `status_of` returns it.
         asked: whether the ranks were asked to stop.
+        who: has ended with it.
 
     Returns:
         What was lost, where ranks were killed or lost contact; empty when all have done their work.
@@ -55,6 +55,7 @@ def outcome(status: int, *, asked: bool) -> str:
     Raises:
         UserError: a rank ended with exit status 2; it has said why.
         Preempted: the ranks were asked to stop, by this process or by another.
+        OutOfMemory: the ranks are to be started again.
         JobError: a rank failed.
     """
     # The message of a rank is on the terminal already.
@@ -65,12 +66,12 @@ def outcome(status: int, *, asked: bool) -> str:
     if status == 0:
         return ""
     if status == EXIT_OUT_OF_MEMORY:
-        return OUT_OF_MEMORY
+        raise OutOfMemory(f"{who} was out of memory")
     if status == EXIT_LOST_CONTACT:
         return "ranks lost contact with each other"
     if (sent := _signal_of(status)) is not None:
-        return f"a rank was ended by {explained(sent.name)}"
-    raise JobError("the ranks failed; see logs/ in the run directory")
+        return f"{who} was ended by {explained(sent.name)}"
+    raise JobError(f"{who} failed; see logs/ in the run directory")
 
 
 def explained(name: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import LauncherConfig
-from crossguard.launchers import deepspeed, kubernetes, procs_per_node, sbatch, torchrun
+from crossguard.launchers import deepspeed, kubernetes, one_node, procs_per_node, sbatch, torchrun
 from crossguard.launchers.environment import environment_of
 from crossguard.launchers.work import CROSSGUARD, Stage, Work
 
@@ -42,10 +44,16 @@ def rendered(submission: Submission, config: LauncherConfig) -> str:
     if config.name == "local":
         return "".join(f"{shlex.join([*CROSSGUARD, 'run', *work.arguments])}\n" for work in submission.works)
     stages = [stage for work in submission.works for stage in work.stages]
-    lines = [_line(stage, config) for stage in stages]
     if config.name == "deepspeed":
-        names = ", ".join(sorted(deepspeed.exported(config, procs_per_node(config))))
-        lines.insert(0, f"# The ranks also get, through a file that only the user may read: {names}")
+        lines = _with_environment_file(stages, submission, config)
+    else:
+        ranks = environment_of(config, procs_per_node(config))
+        # As in `crossguard run`, one of torchrun's nodes does what needs no ranks.
+        here = one_node.is_here(config)
+        lines = [_line(stage, config, ranks) for stage in stages if stage.has_ranks or here]
+        if config.nodes > 1:
+            which = "that of the endpoint" if here else "any other than that of the endpoint, which builds and exports"
+            lines.insert(0, f"# For this node, {which}; ask on the others as well.")
     return "\n".join(lines) + "\n"
 
 
@@ -58,8 +66,8 @@ def submit(submission: Submission, config: LauncherConfig) -> dict[str, Any]:
     if config.name == "kubernetes":
         text = kubernetes.manifest(submission.works, config)
         _keep(submission.folder / "jobset.yaml", text)
-        kubernetes.submit(text, config)
         names = [work.name for work in submission.works]
+        kubernetes.submit(names, text, config)
         return {"launcher": "kubernetes", "jobs": names, "namespace": config.kubernetes.namespace}
     jobs: list[str] = []
     for name, text in _scripts(submission, config):
@@ -69,7 +77,7 @@ def submit(submission: Submission, config: LauncherConfig) -> dict[str, Any]:
 
 
 def is_active(record: dict[str, Any]) -> bool:
-    """Whether what was submitted still waits or runs; only SLURM would start it twice."""
+    """Whether what was submitted still waits or runs; in Kubernetes its name is taken."""
     return record["launcher"] == "slurm" and any(sbatch.is_active(job) for job in record["jobs"])
 
 
@@ -123,15 +131,35 @@ def _commands(submission: Submission, config: LauncherConfig) -> str:
     return "\n".join([*lines, 'echo "$job"', ""])
 
 
-def _line(stage: Stage, config: LauncherConfig) -> str:
-    """The command line of a stage."""
+def _with_environment_file(stages: list[Stage], submission: Submission, config: LauncherConfig) -> list[str]:
+    """The command lines of the stages, with what deepspeed's ranks get through a file."""
+    num_procs = procs_per_node(config)
+    file = submission.folder.parent / ".environment-printed.json"
+    own = environment_of(config, num_procs)
+    patterns = [*config.deepspeed.export, *own]
+    write = _with([sys.executable, "-m", "crossguard.launchers.environment", os.fspath(file), *patterns], own)
+    lines = [_line(stage, config, {}, f"environment={file}") for stage in stages]
+    return [
+        "# The ranks get these variables through a file that only you may read.",
+        write,
+        *lines,
+        shlex.join(["rm", os.fspath(file)]),
+    ]
+
+
+def _line(stage: Stage, config: LauncherConfig, variables: Mapping[str, str], *more: str) -> str:
+    """The command line of a stage; variables and further arguments are those of ranks."""
     if not stage.has_ranks:
         return shlex.join([*CROSSGUARD, stage.command, *stage.arguments])
-    num_procs = procs_per_node(config)
     command = {"torchrun": torchrun.command, "deepspeed": deepspeed.command}[config.name]
-    line = shlex.join(command([f"stage={stage.command}", *stage.arguments], num_procs, config))
-    variables = environment_of(config, num_procs)
-    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), line])
+    return _with(
+        command([f"stage={stage.command}", *stage.arguments, *more], procs_per_node(config), config), variables
+    )
+
+
+def _with(command: list[str], variables: Mapping[str, str]) -> str:
+    """A command with environment variables, for a shell."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)])
 
 
 def _keep(file: Path, text: str) -> None:

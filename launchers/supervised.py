@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from crossguard.configs.errors import JobError, Preempted
+from crossguard.configs.errors import JobError, OutOfMemory, Preempted
 from crossguard.configs.parent_death import be_told
 from crossguard.configs.preemption import on_preemption
 from crossguard.configs.schema import LauncherConfig
-from crossguard.launchers.statuses import OUT_OF_MEMORY, outcome, status_of
+from crossguard.launchers.launcher_output import LauncherOutput
+from crossguard.launchers.statuses import outcome, status_of
 
 # Beyond `launcher.grace_seconds`: for what the other launcher itself does when its ranks have ended.
 SECONDS_TO_END = 10.0
@@ -34,9 +35,7 @@ class Child:
         kill: ends what the command has started elsewhere; called when it does not end in time.
         at_death: the signal that it gets when this process dies.
         environment: by default this process's.
-        hear: is told each line that it says; by default it speaks on the terminal itself.
-        overdue: whether some ranks have ended badly long ago and others have not.
-        statuses: those of ranks that have ended badly, as far as it has said so.
+        output: is told each line that it says; by default it speaks on the terminal itself.
     """
 
     command: list[str]
@@ -45,22 +44,28 @@ class Child:
     kill: Callable[[], None] = lambda: None
     at_death: signal.Signals = signal.SIGKILL
     environment: Mapping[str, str] | None = None
-    hear: Callable[[str], None] | None = None
-    overdue: Callable[[], bool] = lambda: False
-    statuses: Callable[[], set[int]] = set
+    output: LauncherOutput | None = None
 
     def start(self) -> subprocess.Popen[str]:
         """Start it, in a session of its own: what a terminal sends to this process reaches the ranks by `ask` alone."""
         return subprocess.Popen(
             self.command,
             env=self.environment,
-            stdout=subprocess.PIPE if self.hear else None,
-            stderr=subprocess.STDOUT if self.hear else None,
+            stdout=subprocess.PIPE if self.output else None,
+            stderr=subprocess.STDOUT if self.output else None,
             text=True,
             errors="replace",
             start_new_session=True,
             preexec_fn=functools.partial(be_told, self.at_death),
         )
+
+    def overdue(self) -> bool:
+        """Whether some ranks have ended badly long ago and others have not."""
+        return self.output is not None and self.output.overdue()
+
+    def statuses(self) -> set[int]:
+        """Those of ranks that have ended badly, as far as it has said so."""
+        return self.output.statuses if self.output else set()
 
 
 def run(child: Child, grace_seconds: float) -> str:
@@ -76,12 +81,12 @@ def run(child: Child, grace_seconds: float) -> str:
     Raises:
         UserError: a rank ended with exit status 2; it has said why.
         Preempted: this process or a rank was asked to stop.
-        JobError: a rank failed.
+        OutOfMemory, JobError: see `outcome`.
     """
     asked: list[float] = []
     with on_preemption(lambda _: asked.append(time.monotonic())):
         process = child.start()
-        listener = threading.Thread(target=_listen, args=(process, child.hear), daemon=True)
+        listener = threading.Thread(target=_listen, args=(process, child.output), daemon=True)
         listener.start()
         try:
             _wait(child, process, asked, grace_seconds)
@@ -101,11 +106,15 @@ def run(child: Child, grace_seconds: float) -> str:
     )
 
 
-def restarting(start: Callable[[list[str]], str], arguments: list[str], config: LauncherConfig) -> None:
-    """Start the ranks until they are done; again, up to `launcher.max_restarts` times, where one was lost.
+def restarting(start: Callable[[list[str], int], str], arguments: list[str], config: LauncherConfig) -> None:
+    """Start the ranks until they are done.
+
+    Where one was lost they start again and go on from the newest checkpoint, up to `launcher.max_restarts` times. Where
+    one was out of memory they start again as well, and that is not counted: each time they take fewer posts at once,
+    and fail when it was a single one.
 
     Args:
-        start: runs the ranks with the arguments and says what was lost.
+        start: runs the ranks with the arguments, given how often one was lost, and says what was lost.
         arguments: of the ranks.
         config: the launcher's.
 
@@ -113,18 +122,23 @@ def restarting(start: Callable[[list[str]], str], arguments: list[str], config: 
         JobError: lost once too often, and what `start` raises.
     """
     restarts = 0
-    while lost := start(arguments):
-        if lost == OUT_OF_MEMORY:  # Not counted: the next start takes fewer posts at once.
-            again = "starting again"
-        elif restarts == config.max_restarts:
-            tried = f" (after {restarts} restarts)" if restarts else ""
-            raise JobError(f"{lost}{tried}; see logs/ in the run directory; start again, or set launcher.max_restarts")
+    while True:
+        try:
+            lost = start(arguments, restarts)
+        except OutOfMemory as error:
+            again = f"{error}; starting again"
         else:
+            if not lost:
+                return
+            if restarts == config.max_restarts:
+                tried = f" (after {restarts} restarts)" if restarts else ""
+                advice = "see logs/ in the run directory; start again, or set launcher.max_restarts"
+                raise JobError(f"{lost}{tried}; {advice}")
             restarts += 1
-            again = f"restart {restarts} of {config.max_restarts}"
+            again = f"{lost}; restart {restarts} of {config.max_restarts}"
         # The checkpoints of the first start are not to be moved aside, whoever asked for that; the last word counts.
         arguments = [*arguments, "train.restart=false"]
-        print(f"crossguard: {lost}; {again}", file=sys.stderr, flush=True)
+        print(f"crossguard: {again}", file=sys.stderr, flush=True)
 
 
 def _wait(child: Child, process: subprocess.Popen[str], asked: list[float], grace_seconds: float) -> None:
@@ -143,10 +157,10 @@ def _wait(child: Child, process: subprocess.Popen[str], asked: list[float], grac
                 return
 
 
-def _listen(process: subprocess.Popen[str], hear: Callable[[str], None] | None) -> None:
-    if hear is not None and process.stdout is not None:
+def _listen(process: subprocess.Popen[str], output: LauncherOutput | None) -> None:
+    if output is not None and process.stdout is not None:
         for line in process.stdout:
-            hear(line.rstrip("\n"))
+            output.hear(line.rstrip("\n"))
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,6 +1,7 @@
 """Ranks under torchrun's elastic agent: this process starts the agent of its own node.
 
-On several nodes the same command is started on each; they meet at `launcher.torchrun.endpoint`.
+On several nodes the same command is started on each; they meet at `launcher.torchrun.endpoint`. What only one of them
+should do is in `one_node`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, run_dir
         JobError: a rank failed, or was lost once too often.
         UserError, Preempted: see `supervised.run`.
     """
-    _check_port(config)
+    check_port(config)
     log = run_dir / "logs" / f"agent-{socket.gethostname()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     quiet = {AGENT_LOG: str(log), CPP_LOG_LEVEL: "ERROR"}
@@ -55,12 +56,12 @@ def command(arguments: list[str], num_procs: int, config: LauncherConfig) -> lis
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             f"--shutdown-timeout={config.grace_seconds:.0f}",
         ),
-        *_rendezvous(config, arguments[0]),
+        *_rendezvous(config, arguments),
         *("-m", "crossguard.train", *arguments),
     ]
 
 
-def _rendezvous(config: LauncherConfig, stage: str) -> list[str]:
+def _rendezvous(config: LauncherConfig, arguments: list[str]) -> list[str]:
     """Where and as what the nodes meet."""
     torchrun = config.torchrun
     if config.nodes == 1:
@@ -70,16 +71,17 @@ def _rendezvous(config: LauncherConfig, stage: str) -> list[str]:
     if torchrun.node_rank is None:
         # torch asks the host name alone, which need not lead to the address that the endpoint names; and it gives up
         # after a minute where the endpoint's node comes later than that.
-        settings = {"is_host": int(_endpoint_is_here(config)), "read_timeout": SECONDS_TO_MEET} | settings
+        settings = {"is_host": int(endpoint_is_here(config)), "read_timeout": SECONDS_TO_MEET} | settings
     if settings:
         where.append("--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in settings.items()))
     if torchrun.node_rank is not None:
-        address, _, port = str(torchrun.endpoint).rpartition(":")
+        address, port = endpoint_of(config)
         where += [f"--node-rank={torchrun.node_rank}", f"--master-addr={address}", f"--master-port={port}"]
         return [f"--nnodes={config.nodes}", "--rdzv-backend=static", *where]
     nodes = f"{torchrun.min_nodes}:{config.nodes}" if torchrun.min_nodes else f"{config.nodes}"
-    # The stages of a job follow each other at one endpoint: a node that comes early must not join the one before.
-    name = f"{torchrun.id}-{stage.removeprefix('stage=')}"
+    # Stages and ablations follow each other at one endpoint: a node that comes early must not join the one before.
+    stage, *places = [word.partition("=")[2] for word in arguments if word.startswith(("stage=", "run_dir="))]
+    name = "-".join([torchrun.id, stage, *(Path(place).name for place in places[-1:])])
     return [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",
@@ -89,34 +91,52 @@ def _rendezvous(config: LauncherConfig, stage: str) -> list[str]:
     ]
 
 
-def _check_port(config: LauncherConfig) -> None:
+def check_port(config: LauncherConfig) -> None:
     """
     Raises:
         UserError: the nodes would meet at this one, and another program has the port.
     """
-    if config.nodes > 1 and _endpoint_is_here(config):
-        host, _, port = str(config.torchrun.endpoint).rpartition(":")
-        if not _may_listen(host, int(port)):
-            raise UserError(
-                f"launcher.torchrun.endpoint={config.torchrun.endpoint}: another program listens on port {port} of "
-                "this node; end it or choose another port, the same on all nodes"
-            )
+    if config.nodes > 1 and endpoint_is_here(config):
+        try:
+            listen(endpoint_of(config)[1]).close()
+        except OSError:
+            raise port_in_use(config) from None
 
 
-def _endpoint_is_here(config: LauncherConfig) -> bool:
-    """Whether the endpoint names this machine; not where nobody knows its name, which may come to be known."""
-    return _may_listen(str(config.torchrun.endpoint).rpartition(":")[0], 0)
+def port_in_use(config: LauncherConfig) -> UserError:
+    """Another program has the port where the nodes meet."""
+    return UserError(
+        f"launcher.torchrun.endpoint={config.torchrun.endpoint}: another program listens on port "
+        f"{endpoint_of(config)[1]} of this node; end it or choose another port, the same on all nodes"
+    )
 
 
-def _may_listen(host: str, port: int) -> bool:
-    """Whether this machine has an address of the host, with the port free; 0 is always free."""
+def endpoint_of(config: LauncherConfig) -> tuple[str, int]:
+    """Host and port where the nodes meet."""
+    host, _, port = str(config.torchrun.endpoint).rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def endpoint_is_here(config: LauncherConfig) -> bool:
+    """Whether the endpoint names this machine, by its own name or by one of its addresses."""
+    host, own = endpoint_of(config)[0], socket.gethostname()
+    # In a pod that has just started the name of the endpoint leads nowhere yet, even if it is its own.
+    return host == own or host.startswith(f"{own}.") or _is_own_address(host)
+
+
+def listen(port: int) -> socket.socket:
+    """Listen on a port at all addresses, as torchrun's store does; OSError where another program does."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _is_own_address(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:
         return False
     for family, kind, protocol, _, address in found:
         with socket.socket(family, kind, protocol) as listener, contextlib.suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             return True
     return False

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from crossguard.configs.errors import UserError
+from crossguard.launchers import one_node
 from crossguard.recipes.job import Job
 from crossguard.recipes.stages import BUILD, EVALUATE, EXPORT, TRAIN, Stage, run_stage
-from crossguard.recipes.work import check_one_place, check_ranks
+from crossguard.recipes.work import check_ranks
+
+# File systems show what another node has written some time later.
+SECONDS_TO_SEE = 60.0
 
 
 def run(argv: list[str]) -> None:
-    """All stages of the recipe, its ablations included."""
+    """All stages of the recipe, its ablations included; on several nodes of torchrun one of them builds and exports."""
     job = Job.from_arguments(argv)
-    check_one_place(job)
     ablations = job.ablations()
     check_ranks(job)
     if job.config.data.has_posts or not job.has_shards:
-        _build(job)
+        _build_on_one_node(job)
     _do(TRAIN, job)
     for name, ablation in ablations.items():
         print(f"train: ablation {name}", flush=True)
         _do(TRAIN, ablation, f" (ablation {name})")
     _do(EVALUATE, job)
-    _do(EXPORT, job)
+    if one_node.is_here(job.config.launcher):
+        _do(EXPORT, job)
 
 
 def build(argv: list[str]) -> None:
@@ -117,6 +122,19 @@ def _build(job: Job) -> None:
 
     open_executor(job.config.build)  # what is not installed is told before all posts are read
     _do(BUILD, job)
+
+
+def _build_on_one_node(job: Job) -> None:
+    launcher = job.config.launcher
+    if one_node.is_here(launcher):
+        with one_node.at_work(launcher):
+            _build(job)
+        return
+    print(f"build: done by the node of {launcher.torchrun.endpoint}, for which this one waits", flush=True)
+    one_node.wait(launcher, "build")
+    deadline = time.monotonic() + SECONDS_TO_SEE
+    while not job.has_shards and time.monotonic() < deadline:
+        time.sleep(1.0)
 
 
 def _do(stage: Stage, job: Job, which: str = "") -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from crossguard.configs.cores import usable_cores
 from crossguard.configs.errors import JobError
 
 GIB = 1 << 30
@@ -87,7 +88,7 @@ def _accelerator() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding(f"none; training runs on {os.cpu_count()} CPU cores")
+        return Finding(f"none; training runs on {usable_cores()} CPU cores")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return Finding(", ".join(names))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from crossguard.configs.cores import usable_cores
 from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.suggest import did_you_mean
 from crossguard.recipes.sample_queries import exposure, preview
@@ -31,7 +31,7 @@ def verify(argv: list[str]) -> None:
     from crossguard.data.shards.place import Place
     from crossguard.data.shards.verify import verify as verify_shards
 
-    result = verify_shards(Place.of(location), _processes())
+    result = verify_shards(Place.of(location), usable_cores())
     if as_json:
         print(json.dumps({"ok": not result.damages} | asdict(result), ensure_ascii=False))
     else:
@@ -50,7 +50,7 @@ def stats(argv: list[str]) -> None:
     from crossguard.data.shards.place import Place
     from crossguard.data.shards.stats import stats as stats_of
 
-    found = stats_of(Place.of(location), _processes())
+    found = stats_of(Place.of(location), usable_cores())
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(_tables(found)))
 
 
@@ -69,10 +69,6 @@ def _arguments(tool: str, argv: list[str]) -> tuple[str, bool]:
     if len(places) != 1 or places[0].startswith("-"):
         raise UserError(f"shards {tool}: say crossguard shards {tool} SHARDS [--json], SHARDS being a folder or a URL")
     return places[0], "--json" in argv
-
-
-def _processes() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tables(found: dict[str, Any]) -> list[str]:

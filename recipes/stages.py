@@ -10,6 +10,7 @@ from typing import Any
 
 from crossguard.configs.saved import as_plain, fingerprint, select
 from crossguard.data.shards.files import write_atomic
+from crossguard.launchers import one_node
 from crossguard.recipes import artefacts, work
 from crossguard.recipes.job import Job
 
@@ -76,6 +77,7 @@ TRAIN = Stage(
         "train.ema_decay",
         "train.precision",
         "train.loss",
+        "train.attacks",
         "train.patience",
         "checkpoint.metric",
         "checkpoint.mode",
@@ -101,6 +103,7 @@ EVALUATE = Stage(
         "evaluation.false_negative_cost",
         "evaluation.metrics",
         "evaluation.references",
+        "evaluation.attacks",
     ),
     artefacts.evaluated_on,
     artefacts.report,
@@ -121,8 +124,10 @@ def run_stage(stage: Stage, job: Job) -> bool:
     if outputs and not job.config.train.restart and _read(record_file) == {**record, "outputs": outputs}:
         return False
     stage.work(job)
-    # With the inputs as they were before: what changed while the work went on is work for the next run.
-    _write(record_file, {**record, "outputs": stage.outputs(job)})
+    # With the inputs as they were before: what changed while the work went on is work for the next run. Other nodes may
+    # not see yet what this one has written.
+    if one_node.is_here(job.config.launcher):
+        _write(record_file, {**record, "outputs": stage.outputs(job)})
     return True
 
 

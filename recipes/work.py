@@ -67,16 +67,6 @@ def export(job: Job) -> None:
     print(f"export: bundle -> {write_bundle(job.config, job.run_dir)}", flush=True)
 
 
-def check_one_place(job: Job) -> None:
-    """Whether one command may do all stages: torchrun's nodes each have their own."""
-    launcher = job.config.launcher
-    if launcher.name == "torchrun" and launcher.nodes > 1:
-        raise UserError(
-            f"launcher=torchrun on {launcher.nodes} nodes: start `crossguard train` and `crossguard evaluate` on each"
-            " node, and `crossguard build` before and `crossguard export` after them on one"
-        )
-
-
 def check_ranks(job: Job) -> None:
     """What the ranks would refuse, before any of them starts."""
     from crossguard.data.loading.order import micro_batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,8 @@ def train(loop: TrainLoop, steps: range) -> list[float]:
     """The losses of some steps."""
     loop.engine.train()
     config = loop.config
-    batches = (mine(loop.engine.ranks, posts_of(step, config.model), config) for step in steps)
-    return [loop.train_step(step, batch).loss for step, batch in zip(steps, batches, strict=True)]
+    batches = [mine(loop.engine.ranks, posts_of(step, config.model), config) for step in steps]
+    return [loop.train_step(step, *pair).loss for step, pair in zip(steps, pairwise([*batches, []]), strict=True)]
 
 
 @contextmanager

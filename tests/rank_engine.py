@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from rank_models import TinyModel, batch_of_step, masked_sum, tiny_config
 from torch import nn
 
@@ -40,10 +43,30 @@ def reference(precision: str) -> tuple[dict[str, torch.Tensor], list[float], lis
     return {name: value.detach().clone() for name, value in model.named_parameters()}, losses, norms
 
 
+def check_norms(engine: Engine) -> None:
+    """In each coming step, one talk of the ranks gives the norms, bit for bit, that DeepSpeed itself gets of several."""
+    optimizer = engine.deepspeed.optimizer
+    name = "_get_norm_groups" if engine.stage == 3 else "scaled_global_norm"
+    ours, own = vars(optimizer)[name], getattr(type(optimizer), name)
+
+    def checked() -> Any:
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as talk:
+            norms = ours()
+            talks = talk.call_count
+            assert norms == own(optimizer)
+        world_size = engine.ranks.world_size
+        assert (talks, talk.call_count) == (int(world_size > 1), int(world_size > 1) + 2)
+        return norms
+
+    setattr(optimizer, name, checked)
+
+
 def trained(ranks: Ranks, stage: int, precision: str, micro_batches: int) -> tuple[Engine, list[float], list[float]]:
     """The same through the engine: this rank's slice of each batch, in micro-batches."""
     config = tiny_config(stage, precision)
     engine = Engine(TinyModel(), config, ranks, 16 // ranks.world_size // micro_batches)
+    if stage:
+        check_norms(engine)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         inputs, labels = batch_of_step(step)
@@ -55,7 +78,7 @@ def trained(ranks: Ranks, stage: int, precision: str, micro_batches: int) -> tup
             engine.backward(loss)
             total += loss.detach()
         losses.append(float(ranks.sum(total)))
-        norms.append(engine.step(learning_rate(step, config.train, STEPS)))
+        norms.append(engine.step(learning_rate(step, config.train, STEPS))[0])
     return engine, losses, norms
 
 

@@ -35,10 +35,11 @@ from crossguard.configs.schema.encoders import LoraConfig
 from crossguard.configs.schema.fusion import FusionConfig
 from crossguard.configs.schema.heads import HeadConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
-from crossguard.train.checkpoint import load_checkpoint, load_weights
+from crossguard.train.checkpoint import load_checkpoint
 from crossguard.train.ema import AVERAGE
 from crossguard.train.fragments import averaged_weights
 from crossguard.train.ranks import Ranks, end_process, init_ranks
+from crossguard.train.stored_weights import load_weights
 
 # Those that are least alike in each stage; the default goes through all of them.
 FUSIONS = {

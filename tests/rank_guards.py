@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import own_losses
+import torch
 from own_losses import Change, infinite_gradient, second_is_nan
 from rank_checkpoint import held, same
 from rank_models import TinyModel, batch_of_step, masked_sum, tiny_config
@@ -27,7 +28,7 @@ STEPS = 8
 PLANNED = ["train.loss.name=own_losses:planned", "train.schedule_steps=8", "evaluation.every_steps=0"]
 # The steps in which one sample's loss, and all gradients of a rank, are not finite.
 BAD_LOSS, BAD_GRADIENT = 3, 5
-# What is done to the last loss of the last rank, and whether the engine is told to skip the step.
+# What is done to the last loss of the last rank, and whether the engine is told that the first rank's loss is not a number.
 BAD: dict[str, tuple[Change, bool]] = {
     "finite gradients, skipped": (lambda loss: loss, True),
     "loss is nan": (lambda loss: loss * math.nan, True),
@@ -52,7 +53,10 @@ def one_step(engine: Engine, number: int, change: Change = lambda loss: loss, sk
         loss = masked_sum(engine(part), truth) / (~labels.isnan()).sum()
         last = ranks.rank == ranks.world_size - 1 and index == len(parts) - 1
         engine.backward(change(loss) if last else loss)
-    return engine.step(1e-2, skip=skip)
+    told = torch.tensor([math.nan if skip and ranks.is_first else 1.0, 1.0], dtype=torch.float64)
+    norm, (_, sums) = engine.step(1e-2, told)
+    assert sums == ranks.world_size
+    return norm
 
 
 def engine_after_bad_steps(ranks: Ranks, stage: int, precision: str) -> dict[str, bool]:

@@ -27,11 +27,11 @@ from crossguard.configs.errors import Preempted
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import Config
 from crossguard.train import phases, preemption
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.metrics_log import metrics_file, samples_file
 from crossguard.train.ranks import Ranks, end_process, init_ranks
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.training import run_training
 
 STEPS = 8
@@ -78,7 +78,7 @@ def settings(folder: Path) -> Config:
 
 def train(folder: Path, run_dir: str, ranks: Ranks) -> int | None:
     """The step after which training was stopped, or None when it came to its end."""
-    preemption._Rank.asked = None
+    preemption._Rank.asked_at = None
     try:
         run_training(replace(copy.deepcopy(settings(folder)), run_dir=str(folder / run_dir)), ranks)
     except Preempted:
@@ -89,7 +89,7 @@ def train(folder: Path, run_dir: str, ranks: Ranks) -> int | None:
 
 def evaluate(folder: Path, ranks: Ranks) -> str | None:
     """The report's figures, or None when the evaluate stage was stopped."""
-    preemption._Rank.asked = None
+    preemption._Rank.asked_at = None
     try:
         run_evaluation(copy.deepcopy(settings(folder)), ranks)
     except Preempted:

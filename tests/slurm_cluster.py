@@ -39,7 +39,10 @@ ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 
@@ -95,7 +98,7 @@ def _start(line: list[str], environment: dict[str, str]) -> subprocess.Popen[byt
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
-    line = ["sinfo", "--noheader", "--Node", "--format=%t"]
+    line = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%t"]
     return (
         subprocess.run(line, env=environment, capture_output=True, text=True, check=False).stdout.split().count("idle")
     )

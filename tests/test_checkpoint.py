@@ -15,8 +15,9 @@ from rank_models import TinyModel, alone, run_ranks
 from safetensors.torch import load_file
 
 from crossguard.configs.errors import UserError
-from crossguard.train.checkpoint import load_checkpoint, load_weights
+from crossguard.train.checkpoint import load_checkpoint
 from crossguard.train.fragments import WEIGHT
+from crossguard.train.stored_weights import load_weights
 
 HERE = Path(__file__).parent
 

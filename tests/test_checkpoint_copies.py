@@ -18,12 +18,12 @@ from s3_server import Server
 from crossguard.configs.compose import compose
 from crossguard.configs.errors import JobError, UserError
 from crossguard.data.shards import remote, storage
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_copies import CheckpointCopies
 from crossguard.train.checkpoint_folder import checkpoint_folders, checkpoints_of
 from crossguard.train.checkpoint_manifest import verify
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.training import run_training
 
 URL = "s3://shards/run-1"

@@ -197,7 +197,10 @@ def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
     "arguments",
     [
         ["train.freeze=['text.encoder.layers.[0-3].*','*.bias','fusion.*','image.encoder.layers.1?.mlp.fc2.weight']"],
-        ["model.fusion.kind=gated", "train.freeze=[fusion.gates.weight,fusion.features.image.*,heads.main.logits.*]"],
+        [
+            "model.fusion.kind=gated",
+            "train.freeze=[fusion.gates.text.weight,fusion.features.image.*,heads.main.logits.*]",
+        ],
         ["model.heads={one: {policies: [spam], hidden: 4}}", "train.freeze=[heads.one.hidden.*]"],
         ["model.text.config.global_attn_every_n_layers=2", "model.text.config.pad_token_id=null"],
         # What a hub's encoder or one's own is called inside shows when it is there.

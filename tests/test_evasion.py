@@ -31,6 +31,11 @@ HONEST = [
     "今天天气很好",
     "سلام دنيا",
     "ɖe asi ɖe eŋu, ɣeyiɣi",
+    "šíří se těší čím dál",
+    "KKK, World War III and VIII, xxx",
+    "4x4 or 1v1 at 5pm!",
+    "ẹ̀ṣọ́ m̀bá ńlá",
+    "哈哈 北京、上海",
 ]
 DISGUISED = {
     "h\u0430te sp\u0435ech": "hate speech",
@@ -43,7 +48,14 @@ DISGUISED = {
     "ｆｕｌｌ 𝐛𝐨𝐥𝐝 ⓗⓘⓣ": "full bold hit",
     "ni\u200bce w\u00ado\u2060rd": "nice word",
     "h\u0336a\u0336t\u0336e\u0336": "hate",
-    "noooooo!!!!!!!": "noo!!!",
+    "noooooo!!!!!!!": "no!!!",
+    "5h17 n080dy m€$$@ge sh1t!": "shit nobody message shit!",
+    "t̃ḧe̱ỹ ḧă̱t̄ẹ̱": "they hăte",
+    "n̈g̃ư̈ờĩ": "người",
+    "시.발.놈": "시발놈",
+    "오̃늘̈": "오늘",
+    "\u0441\u043e\u0440\u0455 हम": "\u0441\u043e\u0440\u0455 हम",
+    "\u0455top हम": "stop हम",
 }
 
 
@@ -69,7 +81,7 @@ def test_doing_it_twice_changes_nothing_more(text: str) -> None:
 def test_the_configuration_knows_what_there_is() -> None:
     assert NORMALISERS == (0, VERSION)
     assert tuple(FAMILIES) == ATTACKS
-    with pytest.raises(UserError, match=r"model\.text\.normaliser=7: one of 0, 1"):
+    with pytest.raises(UserError, match=r"model\.text\.normaliser=7: one of 0, 2"):
         TextEncoderConfig(normaliser=7)
     with pytest.raises(UserError, match="did you mean 'leetspeak'"):
         TextAttacksConfig(families=["leetspeek"])
@@ -89,11 +101,16 @@ def test_an_attack_changes_half_of_the_words_the_same_way_for_the_same_seed(fami
         for old, new in zip(text.split(), other.split(), strict=True)
     ]
     assert 0.35 < sum(old != new for old, new in pairs) / len(pairs) < 0.6
-    undone = sum(normalise(text) == original for text, original in zip(disguised, texts, strict=True)) / len(texts)
-    if family in ("homoglyphs", "zero_width", "separation", "marks", "compatibility_forms"):
-        assert undone > 0.9
-    else:  # What is left to training: ambiguous signs, doubled letters, swapped ones.
-        assert undone < 0.9
+    changed = [
+        (old, new)
+        for original, text in zip(texts, disguised, strict=True)
+        for old, raw, new in zip(original.split(), text.split(), normalise(text).split(), strict=True)
+        if raw != old
+    ]
+    undone = sum(old == new for old, new in changed) / len(changed)
+    # What is left to training: ambiguous signs, doubled letters, and all swaps.
+    least, most = {"leetspeak": (0.6, 0.9), "repetition": (0.9, 0.99), "swaps": (0, 0)}.get(family, (0.97, 1))
+    assert least <= undone <= most
 
 
 def test_training_meets_disguises_by_position_alone() -> None:

@@ -21,13 +21,13 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config, DataConfig
 from crossguard.configs.schema.actions import ActionConfig
 from crossguard.configs.schema.encoders import TextEncoderConfig
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.evaluation.decisions import Decisions
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import load_bundle, write_bundle
 from crossguard.train.export.predict import _workspace, predict
+from crossguard.train.stored_weights import load_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from launch_arguments import arguments, printed
 
 from crossguard.configs.compose import compose
 from crossguard.configs.errors import UserError
+from crossguard.launchers.supervised import SECONDS_TO_END
 from crossguard.recipes.launching import launch
 
 __all__ = ["arguments"]  # a fixture
@@ -33,7 +34,8 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
     assert [job["template"]["spec"]["completions"] for job in jobs] == [1, 2, 2, 1]
     assert [job.get("dependsOn", [{}])[0].get("name") for job in jobs] == [None, "build", "train", "evaluate"]
     pod = jobs[1]["template"]["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > 200
+    # The launcher waits so long for its ranks, and once more for what has started them.
+    assert pod["terminationGracePeriodSeconds"] > 200 + 2 * SECONDS_TO_END
     container = pod["containers"][0]
     assert container["resources"]["limits"] == {"memory": "64Gi", "cpu": "32", "nvidia.com/gpu": "4"}
     reference = {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
@@ -42,7 +44,7 @@ def test_the_manifest_fits_the_published_schema(arguments: list[str], capsys: py
     command = container["command"]
     assert command[:2] == ["crossguard", "train"]
     launcher = compose(command[2:]).launcher
-    assert (launcher.name, launcher.nodes, launcher.num_procs, launcher.threads_per_proc) == ("torchrun", 2, 4, 8)
+    assert (launcher.name, launcher.nodes, launcher.num_procs) == ("torchrun", 2, 4)
     name = job_set["metadata"]["name"]
     assert launcher.torchrun.endpoint == f"{name}-train-0-0.{name}:29400"
 
@@ -62,7 +64,8 @@ def test_what_kubectl_is_told(
     program = tmp_path / "bin" / "kubectl"
     program.parent.mkdir()
     program.write_text(
-        f'#!/bin/sh\necho "$*" >> {tmp_path}/told\ncase "$*" in *apply*) cat > {tmp_path}/given ;; esac\n'
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/told\ncase "$*" in *create*) cat > {tmp_path}/given ;; '
+        f"*--output=name*) cat {tmp_path}/there ;; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
@@ -71,6 +74,10 @@ def test_what_kubectl_is_told(
         *(f"launcher.kubernetes.volumes={{{tmp_path}: claim}}", "launcher.kubernetes.namespace=training"),
     ]
     manifest = printed(capsys, *arguments, *settings)
+    (tmp_path / "there").write_text("jobset.jobset.x-k8s.io/mine\n")
+    with pytest.raises(UserError, match="^mine: in the cluster already; `crossguard launch cancel` removes it"):
+        launch([*arguments, *settings])
+    (tmp_path / "there").write_text("")
     launch([*arguments, *settings])
     name = yaml.safe_load(manifest)["metadata"]["name"]
     assert (tmp_path / "given").read_text() == manifest == (tmp_path / "runs/My_job/launch/jobset.yaml").read_text()
@@ -78,8 +85,11 @@ def test_what_kubectl_is_told(
     for question in ("status", "logs", "cancel"):
         launch([question, arguments[-1]])
     pods = f"--selector=jobset.sigs.k8s.io/jobset-name in ({name})"
+    asked = f"--namespace=training get jobsets {name} --ignore-not-found --output=name"
     assert (tmp_path / "told").read_text().splitlines() == [
-        "--namespace=training apply --filename=-",
+        asked,
+        asked,
+        "--namespace=training create --filename=-",
         f"--namespace=training get jobsets {name}",
         f"--namespace=training get pods {pods}",
         f"--namespace=training logs {pods} --prefix --tail=100",

@@ -17,7 +17,7 @@ from launched_job import HERE, Launched, job, losses, wait_for
 from two_hosts import SSH_PORT, Host, ssh_between, two_hosts
 from waiting_loss import wait_in
 
-from crossguard.configs.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from crossguard.configs.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from crossguard.train.checkpoint_folder import latest_checkpoint, step_of
 
 SECRET = "not-for-command-lines"
@@ -55,14 +55,16 @@ def reachable(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> It
         pytest.skip(str(reason))
 
 
-def torchrun(hosts: list[Host], folder: Path, run_dir: str, *settings: str) -> list[subprocess.Popen[bytes]]:
+def torchrun(
+    hosts: list[Host], folder: Path, run_dir: str, *settings: str, command: str = "train"
+) -> list[subprocess.Popen[bytes]]:
     """`crossguard train` on each host."""
     meeting = ["launcher=torchrun", "launcher.nodes=2", "launcher.num_procs=1"]
     meeting.append(f"launcher.torchrun.endpoint={hosts[0].address}:29400")
     return [
         host.start(
             [
-                *("crossguard", "train", *job(folder, run_dir, *meeting, *settings)),
+                *("crossguard", command, *job(folder, run_dir, *meeting, *settings)),
                 f"launcher.torchrun.local_addr={host.address}",
             ],
             said(folder, run_dir, number),
@@ -95,6 +97,25 @@ def test_torchrun_on_two_hosts(hosts: list[Host], folder: Path, expected: list[f
 
 
 @pytest.mark.launchers
+def test_one_command_on_each_host_does_all_stages(hosts: list[Host], folder: Path, expected: list[float]) -> None:
+    settings = [f"data.shards={folder}/whole/shards", "ablations={colder: ['train.lr=1e-3']}"]
+    statuses = ended(folder, "whole", torchrun(hosts, folder, "whole", *settings, command="run"))
+    first, second = (said(folder, "whole", number).read_text() for number in (0, 1))
+    assert statuses == [0, 0], first + second
+    assert losses(folder, "whole") == expected != losses(folder, "whole/ablations/colder")
+    assert "shards -> " in first
+    assert (folder / "whole" / "bundle").is_dir()
+    assert f"build: done by the node of {hosts[0].address}:29400, for which this one waits" in second
+    assert "export" not in second
+    # What is wrong for the node that builds is told there, and ends the others.
+    (folder / "wrong.jsonl").write_text("{}\n")
+    settings = [f"data.path={folder}/wrong.jsonl", f"data.shards={folder}/wrong/shards"]
+    assert ended(folder, "wrong", torchrun(hosts, folder, "wrong", *settings, command="run")) == [EXIT_USER_ERROR] * 2
+    assert "wrong.jsonl:1: " in said(folder, "wrong", 0).read_text()
+    assert "which says why" in said(folder, "wrong", 1).read_text()
+
+
+@pytest.mark.launchers
 def test_deepspeed_over_ssh(
     hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,22 +140,69 @@ def deepspeed(
     hosts: list[Host], folder: Path, run_dir: str, environment: dict[str, str], *settings: str
 ) -> subprocess.Popen[bytes]:
     """`crossguard train` on the first host, for both."""
+    line = ["crossguard", "train", *job(folder, run_dir, *over_ssh(hosts, folder), *settings)]
+    environment = environment | own_environment(folder / "environ.txt")
+    return hosts[0].start(line, said(folder, run_dir, 0), cwd=HERE, env=environment)
+
+
+def over_ssh(hosts: list[Host], folder: Path) -> list[str]:
+    """Settings for DeepSpeed's launcher on the hosts."""
     hostfile = folder / "hostfile"
     hostfile.write_text("# two hosts\n" + "".join(f"{host.address} slots=1\n" for host in hosts))
-    ours = ["launcher=deepspeed", f"launcher.deepspeed.hostfile={hostfile}", f"launcher.deepspeed.ssh_port={SSH_PORT}"]
-    line = ["crossguard", "train", *job(folder, run_dir, *ours, *settings)]
-    # DeepSpeed passes on what Python needs to find modules; what else there is goes through our file.
-    own = {
+    return ["launcher=deepspeed", f"launcher.deepspeed.hostfile={hostfile}", f"launcher.deepspeed.ssh_port={SSH_PORT}"]
+
+
+def own_environment(shown: Path) -> dict[str, str]:
+    """DeepSpeed passes on what Python needs to find modules; what else there is goes through our file."""
+    return {
         "PYTHONPATH": f"{ROOT / '.dev'}{os.pathsep}{HERE}",
         "WANDB_API_KEY": SECRET,
-        "WANDB_SHOW": f"{folder}/environ.txt",
+        "WANDB_SHOW": str(shown),
     }
-    return hosts[0].start(line, said(folder, run_dir, 0), cwd=HERE, env=environment | own)
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_what_would_run_can_be_pasted(
+    launcher: str,
+    hosts: list[Host],
+    folder: Path,
+    expected: list[float],
+    reachable: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = ["launcher=torchrun", "launcher.num_procs=2"] if launcher == "torchrun" else over_ssh(hosts, folder)
+    printing = [*("crossguard", "launch", "--dry-run"), *job(folder, f"{launcher}-pasted", *ours)]
+    environment = reachable | own_environment(folder / f"{launcher}-environ.txt")
+    text = subprocess.run(printing, cwd=HERE, env=environment, capture_output=True, text=True, check=True).stdout
+    assert SECRET not in text
+    (folder / "pasted.sh").write_text(f"set -e\n{text}")
+    process = hosts[0].start(
+        ["bash", str(folder / "pasted.sh")], said(folder, f"{launcher}-pasted", 0), cwd=HERE, env=environment
+    )
+    assert ended(folder, f"{launcher}-pasted", [process]) == [0], said(folder, f"{launcher}-pasted", 0).read_text()
+    assert losses(folder, f"{launcher}-pasted") == expected
+    assert f"KEY={SECRET}" in (folder / f"{launcher}-environ.txt").read_text()
+    assert not list((folder / f"{launcher}-pasted").glob(".environment-*"))
 
 
 def _command_lines() -> Iterator[str]:
     for process in psutil.process_iter(["cmdline"]):
         yield " ".join(process.info["cmdline"] or [])
+
+
+@pytest.mark.launchers
+def test_a_host_that_cannot_be_reached_is_named(hosts: list[Host], folder: Path, reachable: dict[str, str]) -> None:
+    hostfile = folder / "unknown-hosts"
+    hostfile.write_text(f"{hosts[0].address} slots=1\nunknown.invalid slots=1\n")
+    ours = [*over_ssh(hosts, folder), f"launcher.deepspeed.hostfile={hostfile}"]
+    line = ["crossguard", "train", *job(folder, "unknown", *ours)]
+    text = said(folder, "unknown", 0)
+    assert hosts[0].start(line, text, cwd=HERE, env=reachable).wait(60) == EXIT_USER_ERROR
+    assert text.read_text().startswith(
+        f"crossguard: {hostfile}: host 'unknown.invalid': ssh: Could not resolve hostname"
+    )
+    assert text.read_text().count("\n") == 1
 
 
 @pytest.mark.launchers
@@ -154,6 +222,27 @@ def test_deepspeed_is_stopped_and_goes_on(
     assert process.wait(120) == 0, text.read_text()
     assert f"going on after step {stopped_at}" in text.read_text()
     assert losses(folder, "stopped") == expected
+
+
+@pytest.mark.launchers
+def test_deepspeed_starts_again_what_died_on_one_host(
+    hosts: list[Host], folder: Path, expected: list[float], reachable: dict[str, str]
+) -> None:
+    """The other rank, which cannot know, is ended as well."""
+    waiting = wait_in(folder / "died-waits", 1)
+    process = deepspeed(hosts, folder, "died", reachable, waiting, "launcher.max_restarts=1")
+    text = said(folder, "died", 0)
+    wait_for((folder / "died-waits" / "waiting-0").exists, text.read_text)
+    there = subprocess.run(["ip", "netns", "pids", hosts[1].name], capture_output=True, text=True, check=True).stdout
+    ranks = [
+        pid for pid in map(int, there.split()) if "-u -m crossguard.train" in " ".join(psutil.Process(pid).cmdline())
+    ]
+    assert ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    assert ended(folder, "died", [process]) == [0], text.read_text()
+    assert "crossguard: a rank was ended by SIGKILL (is memory short?); restart 1 of 1\n" in text.read_text()
+    assert losses(folder, "died") == expected
 
 
 @pytest.mark.launchers
@@ -186,6 +275,20 @@ def test_torchrun_goes_on_without_a_host_that_died(hosts: list[Host], folder: Pa
     assert "train: going on after step" in text.read_text()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 61))
+
+
+@pytest.mark.launchers
+def test_torchrun_ends_where_the_host_of_the_endpoint_died(hosts: list[Host], folder: Path) -> None:
+    waiting = wait_in(folder / "gone-waits", 1)
+    processes = torchrun(hosts, folder, "gone", waiting, "launcher.max_restarts=3", "launcher.torchrun.min_nodes=1")
+    wait_for((folder / "gone-waits" / "waiting-0").exists, said(folder, "gone", 0).read_text)
+    processes[0].kill()  # and with it all that it has started
+    assert ended(folder, "gone", processes)[1] == EXIT_FAILED
+    lines = said(folder, "gone", 1).read_text().splitlines()
+    assert "crossguard: the node of launcher.torchrun.endpoint is gone" in lines
+    assert lines[-1].startswith(
+        "crossguard: ranks lost contact with each other; see logs/ in the run directory; start again"
+    )
 
 
 @pytest.mark.launchers

@@ -19,6 +19,7 @@ from crossguard.configs.schema import Config, DataConfig
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.train.evaluation.decisions import NO_LABELS
+from crossguard.train.evaluation.evasion import POINT
 from crossguard.train.evaluation.findings import Finding, find
 from crossguard.train.evaluation.metrics import worst_groups
 from crossguard.train.evaluation.predictions import Predictions
@@ -35,6 +36,7 @@ SECTIONS = (
     "curves",
     "calibration",
     "thresholds",
+    "evasion",
     "lineage",
     "configuration",
 )
@@ -92,6 +94,7 @@ def write_suite(file: Path) -> Path:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("report")
     config = make_config(write_posts(folder / "posts"), folder / "run")
+    config.evaluation.attacks = ["swaps", "leetspeak"]
     config.evaluation.suite = str(write_suite(folder / "suite.jsonl"))
     config.tracker.name, config.tracker.mode = "wandb", "offline"
     make_run(config)
@@ -123,6 +126,8 @@ def test_the_page_is_whole_and_has_every_section(page: Page) -> None:
         "Validation, macro",
         "spam: ROC",
         "Unwanted <advertising>.",
+        "Recall, text only",
+        "Disguised texts, 2 families",
     ):
         assert words in page.text
 
@@ -296,6 +301,27 @@ def test_the_summary_says_where_a_promise_is_missing_or_broken(config: Config) -
         assert found == (["bad"] if broken else [])
     del metrics["decisions"]
     assert any("No calibration and no thresholds" in finding.text for finding in said(config, metrics))
+
+
+def test_the_summary_says_what_disguises_cost(config: Config) -> None:
+    test = measured(0.9, 0.95, {"en": 0.9})
+    for recall, rate, tone in [(0.46, 0.055, "good"), (0.44, 0.05, "bad"), (0.5, 0.07, "bad")]:
+        families = {
+            name: {
+                POINT: {
+                    "macro": {
+                        "recall": {"clean": 0.5, "attacked": now, "difference": now - 0.5},
+                        "false_positive_rate": {"clean": 0.05, "attacked": flagged, "difference": flagged - 0.05},
+                    }
+                }
+            }
+            for name, now, flagged in (("swaps", recall, 0.05), ("marks", 0.5, rate))
+        }
+        found = said(config, {"splits": {"test": test}, "evasion": {"families": families}})
+        (finding,) = (one for one in found if one.text.startswith("Disguised texts"))
+        assert finding.tone == tone
+        if recall < 0.5:
+            assert f"under swaps, from 50.0% to {recall:.1%}" in finding.text
 
 
 def test_the_summary_says_whom_false_positives_hit(config: Config) -> None:

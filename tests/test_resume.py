@@ -22,9 +22,9 @@ from crossguard.configs.compose import compose
 from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.resume import changed_on_resume
 from crossguard.data.shards.build import build_shards
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import checkpoints_of, latest_checkpoint, step_of
 from crossguard.train.run_lock import run_lock
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.training import run_training
 
 HERE = Path(__file__).parent

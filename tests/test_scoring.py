@@ -18,18 +18,20 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from crossguard.configs.errors import JobError, UserError
+from crossguard.configs.saved import save_config
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch, collate
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.checkpoint import load_weights
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.encode import PostEncoder
+from crossguard.train.evaluation.conditions import Disguise
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.ranks import Ranks
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.trained import load_trained
 
 
@@ -95,6 +97,21 @@ def test_each_post_gets_the_score_that_it_gets_alone(config: Config) -> None:
     assert len(np.unique(predictions.scores[:, 0])) > len(reader) // 2
 
 
+def test_under_a_condition_posts_are_changed_before_they_are_encoded(config: Config) -> None:
+    model, encode, reader = parts_of(config, "test")
+    disguise, rows = Disguise("homoglyphs", 7), np.arange(len(reader))
+    changed = score_split(model, encode.under(disguise), reader, rows, ALONE, 8, on_refused=pytest.fail)
+    plain, _ = score(config, "test", ALONE)
+    raws = {raw.id: raw for raw in map(reader.read, rows.tolist())}
+    samples = [encode(disguise(raws[post])) for post in changed.ids]
+    sizes = {"pad_id": encode.pad_id, "image_size": encode.image_size, "num_policies": encode.num_policies}
+    with torch.no_grad():
+        expected = torch.sigmoid(model(collate(samples, **sizes)).double()).numpy()
+    np.testing.assert_allclose(changed.scores, expected, atol=1e-6)
+    assert (np.abs(changed.scores - plain.scores).max(axis=1) > 1e-3).mean() > 0.5
+    assert changed.ids == plain.ids
+
+
 @pytest.mark.parametrize(("world_size", "count"), [(2, None), (3, None), (4, 5), (2, 0)])
 def test_any_number_of_ranks_gives_the_same_digits_in_as_many_passes(
     config: Config, world_size: int, count: int | None
@@ -119,6 +136,8 @@ def test_scores_that_are_no_numbers_end_the_job(config: Config) -> None:
 @pytest.fixture(scope="module")
 def evaluated(config: Config) -> Config:
     """The run, evaluated on one rank with an ablation."""
+    config.evaluation.attacks = ["swaps", "homoglyphs"]
+    save_config(config, Path(config.run_dir) / "config.yaml")  # As the program on two ranks reads it.
     add_ablation(config, "text_only", ["text"])
     (Path(config.run_dir) / "ablations" / "never_trained").mkdir()
     run_evaluation(config, ALONE)
@@ -140,6 +159,8 @@ def test_the_stage_writes_what_the_contract_says(evaluated: Config) -> None:
     assert {"average_precision", "auroc"} <= set(metrics["ablations"]["text_only"]["macro"])
     assert {"average_precision", "auroc"} <= set(metrics["references"]["tfidf_logistic_regression"]["macro"])
     assert metrics["checkpoint"] == {"step": 3}
+    for evasion in (metrics["evasion"], metrics["ablations"]["text_only"]["evasion"]):
+        assert (evasion["split"], set(evasion["families"])) == ("test", {"swaps", "homoglyphs"})
     for folder in (run_dir, run_dir / "ablations" / "text_only"):
         assert {file.name for file in (folder / "predictions").iterdir()} == {"validation.parquet", "test.parquet"}
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from build_job import build, files_of, make_config, make_posts, write_lines
 from conftest import run_command
@@ -91,7 +92,7 @@ def test_a_job_that_is_asked_to_stop_comes_back(cluster: Cluster, expected: list
     said = cluster.ask("logs", "asked")
     assert said.count("train: going on after step") == 1
     assert "export: bundle ->" in said
-    assert "neither waits nor runs" in cluster.ask("status", "asked")
+    assert f"{number}: completed, exit status 0" in cluster.ask("status", "asked")
     assert losses(cluster.folder, "asked") == expected
 
 
@@ -141,6 +142,37 @@ def test_a_job_that_is_requeued_and_reaches_its_time_limit_is_one_run(cluster: C
 
 
 @pytest.mark.launchers
+def test_a_job_that_makes_room_for_an_urgent_one_comes_back(cluster: Cluster, expected: list[float]) -> None:
+    """SLURM's own preemption: SIGTERM, to the ranks alone, and a while later the end."""
+    waits = cluster.folder / "preempted-waits"
+    number = cluster.submit("preempted", wait_in(waits, 1))
+    cluster.wait_until_started("preempted", waits / "waiting-0")
+    urgent = _slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true").strip()
+    cluster.begin_again(number, "preempted")
+    cluster.wait_until_done(number, "preempted")
+    assert cluster.state(urgent) == "COMPLETED"
+    said = cluster.ask("logs", "preempted")
+    assert "which is saved; start again" in said
+    assert said.count("train: going on after step") == 1
+    assert losses(cluster.folder, "preempted") == expected
+
+
+@pytest.mark.launchers
+def test_ranks_that_died_on_one_node_start_again(cluster: Cluster, expected: list[float]) -> None:
+    """Those of the other node, which cannot know, are ended in time."""
+    waits = cluster.folder / "died-waits"
+    number = cluster.submit("died", wait_in(waits, 1), "launcher.max_restarts=1")
+    cluster.wait_until_started("died", waits / "waiting-0")
+    ranks = [process for process in psutil.process_iter(["cmdline"]) if _is_rank(process, str(cluster.folder / "died"))]
+    killed = [rank for rank in ranks if rank.environ()["SLURM_NODEID"] == "1"]
+    assert len(killed) == 1
+    killed[0].kill()
+    cluster.wait_until_done(number, "died")
+    assert "a rank was ended by SIGKILL (is memory short?); restart 1 of 1" in cluster.ask("logs", "died")
+    assert losses(cluster.folder, "died") == expected
+
+
+@pytest.mark.launchers
 def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
     waits = cluster.folder / "cancelled-waits"
     number = cluster.submit("cancelled", wait_in(waits, 1))
@@ -167,7 +199,13 @@ def test_a_sweep_is_an_array_on_shards_that_are_built_once(cluster: Cluster) -> 
     of_each = [losses(folder, name) for name in ("train.lr-0.01", "train.lr-0.001")]
     assert of_each[0] != of_each[1]
     assert not (folder / "train.lr-0.01" / "shards").exists()
-    assert array in cluster.ask("status", "sweep")
+    assert f"{build}: completed, exit status 0" in cluster.ask("status", "sweep")
+    assert all(f"{array}_{task}: completed, exit status 0" in cluster.ask("status", "sweep") for task in (0, 1))
+
+
+def _is_rank(process: psutil.Process, run_dir: str) -> bool:
+    line = process.info["cmdline"] or []
+    return line[1:3] == ["-m", "crossguard.train"] and f"run_dir={run_dir}" in line
 
 
 def _slurm(*line: str) -> str:

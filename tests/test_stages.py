@@ -56,6 +56,13 @@ def test_a_stage_runs_again_for_another_configuration_but_not_for_other_ranks(jo
     assert run_stage(copying.stage, Job.from_arguments(["recipe=quickstart", "seed=1"]))
 
 
+@pytest.mark.parametrize(("host", "records"), [("127.0.0.1", True), ("elsewhere.invalid", False)])
+def test_of_several_nodes_one_records_a_stage(job: Job, host: str, records: bool) -> None:
+    nodes = ["launcher=torchrun", "launcher.nodes=2", f"launcher.torchrun.endpoint={host}:29400"]
+    run_stage(Copying().stage, Job.from_arguments(["recipe=quickstart", *nodes]))
+    assert (job.run_dir / "stages" / "copy.json").exists() == records
+
+
 def test_what_arrives_while_a_stage_works_is_work_for_the_next_run(job: Job) -> None:
     class Late(Copying):
         def work(self, job: Job) -> None:

@@ -69,11 +69,9 @@ def test_ranks_that_wait_for_failed_ones_are_ended(tmp_path: Path) -> None:
             ["bash", "-c", f"echo host b ended with 1; echo host c ended with 77 >&2; {WAIT}"],
             ask=ask,
             kill=lambda: killed.append("elsewhere"),
-            hear=output.hear,
-            overdue=output.overdue,
-            statuses=lambda: output.statuses,
+            output=output,
         )
-        with pytest.raises(JobError, match=re.escape("the ranks failed; see logs/ in the run directory")):
+        with pytest.raises(JobError, match=re.escape("a rank failed; see logs/ in the run directory")):
             run(child, grace_seconds=60)
     assert killed == ["elsewhere"]
     assert output.statuses == {1, 77}

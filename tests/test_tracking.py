@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rank_models import alone, tiny_config
 
 from crossguard.configs.errors import JobError, OutOfMemory, Preempted
 from crossguard.configs.schema import Config
-from crossguard.train import step_log, tracking
+from crossguard.train import preemption, step_log, tracking
 from crossguard.train.loop import StepResult
 from crossguard.train.metrics_log import LineLog, cut_after, metrics_file, samples_file
 from crossguard.train.step_log import StepLog
@@ -76,14 +77,22 @@ def test_an_alert_that_fails_stops_nothing(config: Config, capsys: pytest.Captur
     assert capsys.readouterr().err.count("W&B failed (ConnectionError)") == 1
 
 
-def test_a_tracker_that_never_ends_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_tracker_that_never_ends_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    """In time, where this rank was asked to stop: its launcher waits for launcher.grace_seconds."""
     import threading
 
+    if asked:
+        config.launcher.grace_seconds = tracking.SECONDS_TO_END + 0.1
+        monkeypatch.setattr(preemption._Rank, "asked_at", time.monotonic())
+    else:
+        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.1)
     tracker = WandbTracker(config, None)
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.1)
     forever = threading.Event()
     run, tracker._run = tracker._run, type("Run", (), {"finish": lambda self, exit_code: forever.wait()})()
+    began = time.monotonic()
     tracker.close()
+    assert time.monotonic() - began < 60
     forever.set()
     run.finish()
 

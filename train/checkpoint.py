@@ -15,19 +15,16 @@ import functools
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from crossguard.configs.errors import CrossguardError, UserError
 from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_manifest import DamagedCheckpoint, fragment_files, verify
-from crossguard.train.ema import AVERAGE
 from crossguard.train.fragments import (
-    WEIGHT,
     Fragment,
     held_fragments,
     model_fingerprint,
@@ -145,52 +142,6 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
     set_optimizer_steps(engine, state["optimizer_steps"])
     refresh_weights(engine)
     return state
-
-
-def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter (fp32) and buffer of a verified checkpoint, whole, on the CPU; needs no DeepSpeed.
-
-    Where training keeps an average of the weights (`train.ema_decay`), a trained parameter is its average.
-
-    Raises:
-        UserError: the checkpoint is incomplete.
-    """
-    shapes: dict[str, list[int]] = folder.read_state(checkpoint)["shapes"]
-    averaged = _whole(checkpoint, AVERAGE, shapes)
-    whole = _whole(checkpoint, WEIGHT, shapes, without=averaged) | averaged
-    for name, shape in shapes.items():
-        if name not in whole and torch.Size(shape).numel():
-            raise UserError(f"{checkpoint}: '{name}' is incomplete")
-    return {name: whole.get(name, torch.empty(shape)) for name, shape in shapes.items()}
-
-
-def _whole(
-    checkpoint: Path, kind: str, shapes: Mapping[str, list[int]], without: Collection[str] = ()
-) -> dict[str, torch.Tensor]:
-    """The tensors of one kind, put together from their pieces."""
-    whole: dict[str, torch.Tensor] = {}
-    seen: dict[str, int] = defaultdict(int)
-    for start, name, part in _stored(checkpoint, kind):
-        if name in without:
-            continue
-        if name not in whole:
-            whole[name] = torch.empty(shapes[name], dtype=part.dtype)
-        whole[name].view(-1)[start : start + part.numel()] = part
-        seen[name] += part.numel()
-    for name, tensor in whole.items():
-        if seen[name] != tensor.numel():
-            raise UserError(f"{checkpoint}: '{name}' is incomplete")
-    return whole
-
-
-def _stored(checkpoint: Path, kind: str) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """(start, name, elements) of everything stored of one kind."""
-    for file in fragment_files(checkpoint):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                of_kind, start, name = key.split(":", 2)
-                if of_kind == kind:
-                    yield int(start), name, opened.get_tensor(key)
 
 
 def _fill(checkpoint: Path, fragments: list[Fragment]) -> None:

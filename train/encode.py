@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class PostEncoder:
             attacks: what is done to texts that are trained on.
         """
         self.attacks = attacks
+        self.change: Callable[[RawSample], RawSample] | None = None
         self.taxonomy = taxonomy
         self.text = config.text
         self.fields = [name for name in FURTHER_TEXTS if name in config.text.fields]
@@ -68,6 +70,12 @@ class PostEncoder:
         }
         self.fingerprint = self._fingerprint(config)
 
+    def under(self, change: Callable[[RawSample], RawSample]) -> PostEncoder:
+        """The same for posts that are changed before anything else; `change` is picklable."""
+        other = copy.copy(self)
+        other.change = change
+        return other
+
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         """Encode one post.
 
@@ -78,6 +86,7 @@ class PostEncoder:
         Raises:
             MediaError: an image, a video or a recording cannot be decoded.
         """
+        raw = raw if self.change is None else self.change(raw)
         parts = self._parts(raw, position)
         tokens = parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
         return EncodedSample(

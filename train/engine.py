@@ -18,6 +18,8 @@ from torch import nn
 from crossguard.configs.deepspeed_owned import check_owned
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
+from crossguard.train import phases
+from crossguard.train.gradient_norm import talk_once
 from crossguard.train.optimizer import build_optimizer, freeze
 from crossguard.train.ranks import Ranks
 
@@ -51,6 +53,8 @@ class Engine:
             self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
             raise UserError(f"zero.deepspeed: DeepSpeed refuses it ({' '.join(str(error).split())[:200]})") from error
+        optimizer = self.deepspeed.optimizer
+        self._tells_with_norm = self.stage > 0 and talk_once(optimizer, self.stage, self._talk, ranks.device)
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass. Under ZeRO-3 every rank must call it equally often."""
@@ -60,27 +64,32 @@ class Engine:
         """Add the gradients of this rank's `loss` (a scalar) to those since the last step."""
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float, *, skip: bool = False) -> float:
-        """Clip, update the weights at learning rate `lr`, forget the gradients.
+    def step(self, lr: float, told: torch.Tensor | None = None) -> tuple[float, list[float]]:
+        """Clip, update the weights at learning rate `lr`, forget the gradients; sum up what the ranks tell each other.
 
-        With `skip`, and where the norm is not finite, gradients are forgotten alike and ranks talk as ever, but
-        weights, moments and AdamW's count of updates stay what they are, bit for bit.
+        The first number they tell is a loss. Where its sum or the norm is not finite, gradients are forgotten alike and
+        ranks talk as ever, but weights, moments and AdamW's count of updates stay what they are, bit for bit.
 
         Args:
             lr: learning rate of the groups whose `lr_scale` is 1.
-            skip: the same on every rank.
+            told: float64[N] of this rank, on its device; by default a loss of 0. It goes with what the ranks tell each
+                other about the norm, where they do: a talk costs more than what is told.
 
         Returns:
             The norm of the gradient of all ranks before clipping, the same on every rank; not finite where a gradient
-            is not.
+            is not. And the sums of `told` over all ranks.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if skip:
-            self._hold_update()
+        self._told = torch.zeros(1, dtype=torch.float64, device=self.ranks.device) if told is None else told
+        self._talked = False
+        if not self._tells_with_norm:
+            self._talk(self._told[:0])
         self.deepspeed.step()
+        assert self._talked, "this DeepSpeed gets its norm in another way than talk_once knows"
         self.optimizer.found_inf = None  # type: ignore[attr-defined]
-        return float(self._norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
+        norm = self._norm if self.stage == 0 else self.deepspeed.get_global_grad_norm()
+        return float(norm), self._told.tolist()
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like on or off."""
@@ -89,6 +98,15 @@ class Engine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
+
+    def _talk(self, squares: torch.Tensor) -> torch.Tensor:
+        """The sums of `squares` over all ranks; and in the same talk, of what they tell each other in this step."""
+        sums = self.ranks.sum(torch.cat([squares, self._told]))
+        phases.enter(phases.STEP)  # Nobody waits from here on.
+        squares, self._told, self._talked = sums[: len(squares)], sums[len(squares) :], True
+        if not self._told[0].isfinite():
+            self._hold_update()
+        return squares
 
     def _clip(self, *_: Any) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]

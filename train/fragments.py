@@ -107,6 +107,19 @@ def averaged_weights(engine: Engine) -> Iterator[None]:
             refresh_weights(engine)
 
 
+@contextmanager
+def gathered(tensor: torch.Tensor, *, changed: bool = False) -> Iterator[None]:
+    """Inside, a tensor is whole on every rank, also one that ZeRO-3 has shared out; of that, what rank 0 has `changed`
+    is shared out again. All ranks call it."""
+    if not hasattr(tensor, "ds_id"):
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters([tensor], modifier_rank=0 if changed else None):
+        yield
+
+
 def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
     """The whole shape of every parameter and persistent buffer, also where ZeRO-3 holds only a part."""
     shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in model.named_parameters()}

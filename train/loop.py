@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -101,6 +101,8 @@ class TrainLoop:
         self.guards, self.micro_batch = guards, micro_batch
         # A rank was asked to stop: the same on all of them.
         self._stop = False
+        # What all ranks together have counted in the coming step, where they have said so.
+        self._counts: list[float] | None = None
 
     def run(self) -> None:
         """Train.
@@ -116,12 +118,12 @@ class TrainLoop:
         with progress("train", self.last_step, "steps", done=state.step, speak=speak) as shown:
             if state.evaluation_due:
                 self._evaluate_and_save(saved=True)
-            batches_of_steps = iter(self.loader)
+            steps = pairwise(chain(self.loader, [[]]))  # Nothing follows the last one.
             while state.step < self.last_step and not out_of_patience(state, self.config):
                 phases.enter(phases.DATA)
-                batches = next(batches_of_steps)
+                batches, following = next(steps)
                 with self.micro_batch.fitting():
-                    result = self.train_step(state.step + 1, batches)
+                    result = self.train_step(state.step + 1, batches, following)
                 watchdog.arm()
                 phases.enter(phases.LOG)
                 state.step += 1
@@ -130,46 +132,47 @@ class TrainLoop:
                 self._evaluate_and_save()
                 shown.advance(note=f"loss {result.loss:.4f}")
 
-    def train_step(self, step: int, batches: list[Batch]) -> StepResult:
+    def train_step(self, step: int, batches: list[Batch], following: list[Batch]) -> StepResult:
         """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
 
         So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. Where loss or
-        gradient is not finite, all ranks leave weights and moments as they are.
+        gradient is not finite, all ranks leave weights and moments as they are. The ranks talk once, about the loss of
+        this step and what they count in `following`, the batches of the next: it is known before their first backward.
         """
         engine, ranks = self.engine, self.engine.ranks
         lr = learning_rate(step, self.config.train, self.state.schedule_steps)
-        # Counted while they are on the host.
-        work = self.log.work(batches)
-        policies = len(self.config.taxonomy.policies)
-        known = sum(int(known_labels(batch.labels[:, :policies])) for batch in batches)
-        mine = [known, self.refusals.take(), preemption.asked(), *work.counts()]
+        if self._counts is None:  # No step before this one has asked.
+            phases.enter(phases.WAITING)
+            self._counts = ranks.sum(torch.tensor(self._count(batches), dtype=torch.float64)).tolist()
+        known, damaged, *work = self._counts
+        self.refusals.check(int(damaged))
+        mine = self._count(following)
         batches = [batch.to(ranks.device) for batch in batches]
 
-        phases.enter(phases.WAITING)
-        known, damaged, asked, *work_of_all = ranks.sum(torch.tensor(mine)).tolist()
-        known = max(known, 1)
-
         losses: list[torch.Tensor] = []
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         for batch in batches:
             phases.enter(phases.FORWARD)
             elements = self.objective(engine(batch), batch.labels)
-            loss = elements.sum() / known
+            loss = elements.sum() / max(known, 1)
             phases.enter(phases.BACKWARD)
             engine.backward(loss)
             total += loss.detach()
             losses.append(elements.detach())
 
         phases.enter(phases.WAITING)
-        global_loss = float(ranks.sum(total))
-        self.refusals.check(damaged)
-        self._stop = bool(asked)
-
-        phases.enter(phases.STEP)
-        grad_norm = engine.step(lr, skip=not math.isfinite(global_loss))
+        told = torch.cat([total, total.new_tensor([preemption.asked(), *mine])])
+        grad_norm, (global_loss, asked, *counts) = engine.step(lr, told)
+        self._stop, self._counts = bool(asked), counts if following else None
         skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
         spike = self.guards.spikes(step, global_loss)
-        return StepResult(global_loss, grad_norm, lr, Work(*work_of_all), skipped, spike)
+        return StepResult(global_loss, grad_norm, lr, Work(*map(int, work)), skipped, spike)
+
+    def _count(self, batches: list[Batch]) -> list[int]:
+        """This rank's known labels, damaged samples and work in a step's batches, which are still on the host."""
+        policies = len(self.config.taxonomy.policies)
+        known = sum(int(known_labels(batch.labels[:, :policies])) for batch in batches)
+        return [known, self.refusals.take(), *self.log.work(batches).counts()]
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.

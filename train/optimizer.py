@@ -6,13 +6,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.freeze_patterns import no_match
+from crossguard.configs.freeze_patterns import freezes, no_match
 from crossguard.configs.schema import TrainConfig
 from crossguard.train import ema
 
@@ -24,14 +23,15 @@ _BELOW_ALL_LAYERS = re.compile(
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Switch off training of every parameter whose name matches one of `patterns` (fnmatch).
+    """Switch off training of every parameter whose name, or that of a module which holds it, matches one of `patterns`
+    (fnmatch).
 
     Raises:
         UserError: a pattern matches nothing, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
+        matched = {name for name in names if freezes(pattern, name)}
         if not matched:
             raise no_match(pattern, names)
         for name, parameter in model.named_parameters():

@@ -6,8 +6,10 @@ where they talk to each other anyway, so that they stop at one step.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -18,7 +20,7 @@ from crossguard.configs.preemption import on_preemption
 class _Rank:
     """This process: signals are the process's, so is this."""
 
-    asked: signal.Signals | None = None
+    asked_at: float | None = None
     holding = False
 
 
@@ -41,11 +43,16 @@ def holding() -> Iterator[None]:
 
 def asked() -> bool:
     """Whether this rank was asked to stop."""
-    return _Rank.asked is not None
+    return _Rank.asked_at is not None
 
 
-def _receive(sent: signal.Signals) -> None:
+def seconds_left(grace_seconds: float) -> float:
+    """Of the time that a launcher gives its ranks to end once they are asked to; infinite as long as nobody asked."""
+    return math.inf if _Rank.asked_at is None else _Rank.asked_at + grace_seconds - time.monotonic()
+
+
+def _receive(_: signal.Signals) -> None:
     # Nor does a second signal cut short what the first one has set going.
     if not _Rank.holding:
         os._exit(EXIT_PREEMPTED)
-    _Rank.asked = sent
+    _Rank.asked_at = _Rank.asked_at or time.monotonic()

@@ -60,7 +60,7 @@ class Refusals:
         return taken
 
     def check(self, damaged: int) -> None:
-        """After a step in which the ranks together met so many damaged samples.
+        """Before a step among whose samples the ranks together met so many damaged ones.
 
         Raises:
             JobError: on every rank, when their share is too large.

@@ -41,10 +41,11 @@ class Work:
     @classmethod
     def of(cls, batches: list[Batch], compute: Compute | None) -> Work:
         """One rank's share of a step; its batches are still on the host."""
+        read = [batch for batch in batches if not batch.embeddings]
         return cls(
             posts=sum(len(batch) for batch in batches),
-            tokens=sum(int(batch.text_mask.sum()) for batch in batches),
-            places=sum(batch.text_mask.numel() for batch in batches),
+            tokens=sum(int(batch.text_mask.sum()) for batch in read),
+            places=sum(batch.text_mask.numel() for batch in read),
             kiloflops=0 if compute is None else sum(round(compute.flops.of(batch) / 1e3) for batch in batches),
         )
 
@@ -87,11 +88,10 @@ class Throughput:
         passed = sum(seconds.values())
         training = passed - sum(seconds.get(phase, 0.0) for phase in APART)
         work, self._work = self._work, Work()
-        numbers: dict[str, Any] = {
-            "samples_per_second": work.posts / training,
-            "tokens_per_second": work.tokens / training,
-            "padding": 1 - work.tokens / work.places,
-        }
+        numbers: dict[str, Any] = {"samples_per_second": work.posts / training}
+        if work.places:  # None where embeddings stand in for texts.
+            numbers["tokens_per_second"] = work.tokens / training
+            numbers["padding"] = 1 - work.tokens / work.places
         if self._compute is not None:
             numbers["mfu"] = work.kiloflops * 1e3 / (training * self._compute.peak)
         numbers["data_wait"] = seconds.get(phases.DATA, 0.0) / training

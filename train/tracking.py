@@ -15,8 +15,11 @@ from typing import Any, Protocol
 
 from crossguard.configs.saved import as_plain
 from crossguard.configs.schema import Config
+from crossguard.train import preemption
 
 logger = logging.getLogger(__name__)
+# What a rank has left to do when it was asked to stop and the tracker is closed.
+SECONDS_TO_END = 5.0
 INIT_SECONDS = 30.0
 CLOSE_SECONDS = 120.0
 # Column -> value.
@@ -72,6 +75,7 @@ class WandbTracker:
 
     def __init__(self, config: Config, run_id: str | None):
         self.run_id = run_id or secrets.token_hex(8)
+        self._grace_seconds = config.launcher.grace_seconds
         self._run: Any = None
         mode = mode_of(config.tracker.mode)
         self._try(lambda: self._start(config, mode), otherwise="offline" if mode == "online" else "without")
@@ -110,15 +114,17 @@ class WandbTracker:
             self._try(lambda: self._run.log(_media(tables, pictures)))
 
     def close(self, *, failed: bool = False) -> None:
-        """Hand over what is left, for a while: an unreachable server must not keep a finished job alive."""
+        """Hand over what is left, for a while: an unreachable server must not keep a finished job alive, nor have one
+        that was asked to make room killed."""
         if self._run is None:
             return
         finish = functools.partial(self._run.finish, exit_code=int(failed))
         finishing = threading.Thread(target=self._try, args=(finish,), daemon=True)
         finishing.start()
-        finishing.join(CLOSE_SECONDS)
+        seconds = min(CLOSE_SECONDS, preemption.seconds_left(self._grace_seconds) - SECONDS_TO_END)
+        finishing.join(max(seconds, 0.0))
         if finishing.is_alive():
-            logger.warning("W&B has not finished after %d s; `wandb sync` sends what is left", CLOSE_SECONDS)
+            logger.warning("W&B has not finished after %d s; `wandb sync` sends what is left", seconds)
 
     def _try(self, action: Callable[[], Any], otherwise: str = "without") -> None:
         try:

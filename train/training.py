@@ -13,6 +13,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_resumable
 from crossguard.configs.saved import as_plain, save_config
 from crossguard.configs.schema import Config
+from crossguard.data.loading.embeddings import Embeddings
 from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.refused import FILE_NAME, Refused
@@ -22,6 +23,7 @@ from crossguard.train.checkpoint_copies import CheckpointCopies
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.compute import find_compute
 from crossguard.train.determinism import deterministic
+from crossguard.train.embeddings import EmbeddingCache
 from crossguard.train.engine import Engine
 from crossguard.train.guards import Guards
 from crossguard.train.inputs import Inputs, open_inputs
@@ -35,6 +37,7 @@ from crossguard.train.ranks import Ranks
 from crossguard.train.refusals import Refusals
 from crossguard.train.run_lock import run_lock
 from crossguard.train.severity_loss import with_severity
+from crossguard.train.start_from import Earlier, start_from
 from crossguard.train.starting_model import starting_model
 from crossguard.train.step_log import StepLog
 from crossguard.train.tracking import Tracker, open_tracker
@@ -97,7 +100,10 @@ def _train(
         refusals.agree()
         saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
-    compute = find_compute(config, ranks)
+    cache = EmbeddingCache(config, engine, inputs.encode) if config.train.cache_embeddings else None
+    embeddings = None if cache is None else cache.of(inputs.reader)
+    # Of the encoders, which take most of it, nothing is computed then.
+    compute = None if cache is not None else find_compute(config, ranks)
     saver = _open_saver(config, engine)
     with (
         preemption.holding(),
@@ -109,7 +115,8 @@ def _train(
         saver,
     ):
         refusals.open(state.step + 1)
-        loader = _open_loader(config, inputs, ranks, micro_batch, range(state.step + 1, last_step + 1), refusals)
+        steps = range(state.step + 1, last_step + 1)
+        loader = _open_loader(config, inputs, ranks, micro_batch, steps, refusals, embeddings)
         TrainLoop(
             config,
             engine,
@@ -121,13 +128,19 @@ def _train(
             refusals=refusals,
             guards=guards,
             micro_batch=micro_batch,
-            validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write),
+            validate=open_validation(config, engine, inputs.encode, inputs.folder, log, refusals.write, cache),
             save=save,
         ).run()
 
 
 def _open_loader(
-    config: Config, inputs: Inputs, ranks: Ranks, micro_batch: MicroBatch, steps: range, refusals: Refusals
+    config: Config,
+    inputs: Inputs,
+    ranks: Ranks,
+    micro_batch: MicroBatch,
+    steps: range,
+    refusals: Refusals,
+    embeddings: Embeddings | None,
 ) -> TrainLoader:
     """This rank's share of the steps."""
     return TrainLoader(
@@ -141,6 +154,7 @@ def _open_loader(
         start_step=steps.start,
         end_step=steps.stop - 1,
         on_refused=refusals.write,
+        embeddings=embeddings,
     )
 
 
@@ -152,6 +166,7 @@ def _about(config: Config, inputs: Inputs, state: TrainState, tracker: Tracker) 
         "order": inputs.order.state(inputs.reader.manifest_hash, position),
         "config": as_plain(config),
         "taxonomy": inputs.encode.taxonomy.to_json(),
+        "tokenizer": inputs.encode.tokenizer.fingerprint,
         "tracker_run_id": tracker.run_id,
     }
 
@@ -162,6 +177,9 @@ def _open_engine(
     """The model under DeepSpeed, restored where there is a checkpoint."""
     encode = inputs.encode
     model = starting_model(config, ranks, encode, micro_batch.size)
+    if config.model.start_from and checkpoint is None:
+        earlier = Earlier.open(Path(config.model.start_from), ranks)
+        ranks.say(start_from(earlier, config.model, model, encode, ranks))
     seed_rank(config.seed, ranks.rank)
     engine = Engine(model, config, ranks, micro_batch.size)
     if checkpoint is not None:

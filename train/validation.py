@@ -10,6 +10,7 @@ from typing import Any
 from crossguard.configs.schema import Config
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
+from crossguard.train.embeddings import EmbeddingCache
 from crossguard.train.encode import PostEncoder
 from crossguard.train.engine import Engine
 from crossguard.train.evaluation.metrics import evaluate_predictions
@@ -29,6 +30,7 @@ def open_validation(
     folder: ShardFolder,
     log: StepLog,
     on_refused: Callable[[dict[str, Any]], None],
+    cache: EmbeddingCache | None = None,
 ) -> Validate | None:
     """A function of the step that scores the validation split over all ranks, logs the metrics and returns the one
     that `checkpoint.metric` names; None where the configuration asks for no evaluation.
@@ -43,7 +45,7 @@ def open_validation(
     reader = ShardReader([folder], SPLIT)
     now = engine.ranks.broadcast(time.time())  # One clock decides which posts have expired.
     rows = reader.readable_rows(now)[: config.evaluation.max_validation_posts]
-
+    embeddings = None if cache is None else cache.of(reader, rows)
     refuse_once = _once(on_refused)
 
     def validate(step: int) -> float | None:
@@ -57,6 +59,7 @@ def open_validation(
                 config.evaluation.batch_size,
                 num_workers=config.train.num_workers,
                 on_refused=refuse_once,
+                embeddings=embeddings,
             )
         metrics = evaluate_predictions(predictions, config.evaluation)
         log.evaluation(SPLIT, step, _short(metrics))

@@ -10,7 +10,7 @@ from crossguard.configs.schema.checks import at_least, one_of, within
 
 POOLINGS = ("mean", "first")
 # None, and the version that data/curation/normalise.py has.
-NORMALISERS = (0, 1)
+NORMALISERS = (0, 2)
 # The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
 BYTES = "bytes"
 BYTE_TOKENS = 259

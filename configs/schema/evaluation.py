@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.actions import ALLOW, DEFAULT_ACTIONS, ActionConfig
 from crossguard.configs.schema.checks import above, at_least, one_of
+from crossguard.configs.schema.train import ATTACKS
 from crossguard.configs.suggest import allowed
 
 CALIBRATIONS = ("auto", "none", "temperature", "platt", "isotonic")
@@ -64,6 +65,9 @@ class EvaluationConfig:
     margin: float = 0.02
     # A functional suite: a file of posts with the function that each tests under meta.functionality (HateCheck's way).
     suite: str | None = None
+    # Families of text attacks (see train.attacks.families) under each of which the test split is scored once more, with
+    # the model and with every ablation: how far recall falls and how far benign posts are flagged more often.
+    attacks: list[str] = field(default_factory=list)
     # For the curves of review budgets: what acting on a benign post costs, in any unit.
     false_positive_cost: float = 1.0
     # For the same curves: what missing a violation costs.
@@ -91,6 +95,8 @@ class EvaluationConfig:
                 )
         for name in self.references:
             one_of("evaluation.references", name, REFERENCES)
+        for name in self.attacks:
+            one_of("evaluation.attacks", name, ATTACKS)
         one_of("evaluation.calibration", self.calibration, CALIBRATIONS)
         for name in self.actions:
             if name == ALLOW or not name.isidentifier():

@@ -86,9 +86,9 @@ class SlurmConfig:
     time: str | None = None
     # CPUs of each rank.
     cpus_per_task: int | None = None
-    # Container image for the ranks (needs the pyxis plugin); build and export run outside of it.
+    # Container image for the ranks, crossguard installed in it (needs the pyxis plugin); build and export run outside.
     container: str | None = None
-    # SOURCE:TARGET folders that the container sees, beside the working directory.
+    # SOURCE:TARGET folders that the container sees, beside the working directory and the run directory.
     container_mounts: list[str] = field(default_factory=list)
     # Modules to load before anything runs.
     modules: list[str] = field(default_factory=list)
@@ -103,6 +103,11 @@ class SlurmConfig:
         for option in self.options:
             if not option.startswith("-") or "\n" in option:
                 raise UserError(f"launcher.slurm.options: '{option}' is no option of sbatch, such as --mem=64G")
+            if secret := next(filter(SECRET_NAME.search, re.findall(r"(\w+)=", option)), None):
+                raise UserError(
+                    f"launcher.slurm.options: {secret} looks like a secret, which would stand on command lines and in "
+                    "files; set it in the environment of this command, from which SLURM takes it"
+                )
 
 
 @dataclass

@@ -27,6 +27,9 @@ class ModelConfig:
     # The modalities that the model looks at, of text, image, video and audio; others are ignored even where a post has
     # them.
     modalities: list[str] = field(default_factory=lambda: ["text", "image"])
+    # Begin with the weights of an earlier run: its run directory, one of its checkpoints, or a bundle. Encoders and
+    # fusion must be the same; of the heads the policies that both have are taken.
+    start_from: str | None = None
     # Probability, in training, that some of the modalities of a post that has several are replaced by their "absent"
     # tokens; at least one stays.
     modality_dropout: float = 0.0

@@ -95,11 +95,18 @@ class TrainConfig:
     grad_clip: float = 1.0
     # Each encoder layer below the top learns at this factor of the one above it; 1 is off.
     layer_decay: float = 1.0
-    # Parameters whose names match one of these patterns (fnmatch) are not trained, e.g. "text.*embeddings*".
+    # Parameters and modules whose names match one of these patterns (fnmatch) are not trained: "text.*embeddings*", or
+    # text, image and fusion, which leaves the head. An encoder of which nothing is trained works without dropout.
     freeze: list[str] = field(default_factory=list)
     # Validate, evaluate and export an exponential moving average of the weights, which keeps this share of itself at
     # each step, less in the first ones; 0 is off.
     ema_decay: float = 0.0
+    # Compute once what the frozen encoders say of each post (of the fusion too, where it is frozen) and train on that:
+    # the logits are the same to the sixth digit, the steps many times as fast.
+    cache_embeddings: bool = False
+    # Folder of what is computed once, which runs on the same shards and encoders may share; by default `embeddings/` in
+    # the run directory. It holds personal data as shards do: remove a shared one when its posts are to be forgotten.
+    embeddings_dir: str | None = None
     # Keep few activations of the encoders for the backward pass and compute the others again: less memory, more time.
     gradient_checkpointing: bool = False
     # Compile the towers with torch.compile, for any length of text; the first steps take minutes. Not with zero=3.
@@ -156,5 +163,12 @@ class TrainConfig:
             raise UserError(f"train.lr={self.lr}: must be above 0")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise UserError(f"train.max_epochs={self.max_epochs}: must be above 0")
+        if self.cache_embeddings and not self.freeze:
+            raise UserError("train.cache_embeddings=true: freeze the encoders, e.g. train.freeze=[text, image]")
+        if self.cache_embeddings and self.attacks.probability:
+            raise UserError(
+                "train.cache_embeddings=true: not with train.attacks.probability above 0, which shows the encoders"
+                " another text each time"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas={self.betas}: two numbers in [0, 1)")

@@ -75,7 +75,8 @@ def _into() -> dict[str, dict[str, str]]:
     tables: dict[str, dict[str, str]] = {LATIN: dict(TO_LATIN)}
     for letter, latin in TO_LATIN.items():
         # The first of several is the most common one.
-        tables.setdefault(script_of(letter), {}).setdefault(latin, letter)
+        if (script := script_of(letter)) != LATIN:
+            tables.setdefault(script, {}).setdefault(latin, letter)
     return {script: tables[script] for script in (LATIN, "CYRILLIC", "GREEK", "ARMENIAN")}
 
 

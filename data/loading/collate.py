@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -77,6 +77,8 @@ class Batch:
     video: Frames | None = None
     # None where it does not listen.
     audio: Sound | None = None
+    # What a model's frozen part says of the posts, where that stands in for texts and media.
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> Batch:
@@ -86,6 +88,7 @@ class Batch:
         for name, part in (("video", Frames), ("audio", Sound)):
             if values.get(name) is not None:
                 values[name] = part(**_tensors(values[name]))
+        values["embeddings"] = _tensors(values.get("embeddings", {}))
         return cls(**values)
 
     def __len__(self) -> int:
@@ -97,19 +100,22 @@ class Batch:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of it."""
+        yield from self.embeddings.values()
         for part in (self, self.video, self.audio):
             if part is not None:
-                yield from (value for field in fields(part) if isinstance(value := getattr(part, field.name), Tensor))
+                yield from (value for one in fields(part) if isinstance(value := getattr(part, one.name), Tensor))
 
 
 def _moved(part: P, device: torch.device | str) -> P:
     """A batch or a part of one on `device`."""
-    values: dict[str, Any] = {field.name: getattr(part, field.name) for field in fields(part)}
+    values: dict[str, Any] = {one.name: getattr(part, one.name) for one in fields(part)}
     for name, value in values.items():
         if isinstance(value, Tensor):
             values[name] = value.to(device, non_blocking=True)
         elif isinstance(value, Frames | Sound):
             values[name] = _moved(value, device)
+        elif isinstance(value, dict):
+            values[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
     return type(part)(**values)
 
 

@@ -14,10 +14,12 @@ import numpy as np
 from crossguard.configs.errors import CrossguardError, JobError
 from crossguard.data.curation.governance import refused_at_read
 from crossguard.data.loading.decode import MediaError
+from crossguard.data.loading.embeddings import Embeddings
 from crossguard.data.loading.encoded import NO_POSITION, Encode, EncodedSample, stack
 from crossguard.data.loading.order import SampleOrder, micro_batches
 from crossguard.data.loading.reader import SampleError, ShardReader
 from crossguard.data.loading.redirects import Redirects
+from crossguard.data.loading.sample import RawSample
 from crossguard.data.loading.workers import results, tasks_ahead
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ MAX_REDIRECTS = 1000
 
 # Called in the training process for each sample that could not be used, with the fields of a line of quarantine.jsonl.
 OnRefused = Callable[[dict[str, Any]], None]
+# A sample and the row that it lies in.
+Found = tuple[int, EncodedSample]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Made:
     arrays: dict[str, Any] | None
     refused: list[dict[str, Any]] = field(default_factory=list)
     error: CrossguardError | None = None
+    # The rows of the samples in `arrays`.
+    rows: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Delivery:
     batch: Batch | None
     refused: list[dict[str, Any]]
     error: CrossguardError | None
+    rows: list[int]
 
     def accept(self, on_refused: OnRefused) -> Batch | None:
         """The batch, after its refused samples were reported; None when none of its samples could be used."""
@@ -74,13 +81,16 @@ class BatchMaker:
     """Task -> Made: reads, decodes, encodes and stacks. Sent to the workers.
 
     With `redirects`, a sample that cannot be used is replaced as if it had been refused before; without, it is left
-    out.
+    out. With `embeddings`, of a post only its labels are read, and whether it may be used at all.
     """
 
-    def __init__(self, reader: ShardReader, encode: Encode, redirects: Redirects | None):
+    def __init__(
+        self, reader: ShardReader, encode: Encode, redirects: Redirects | None, embeddings: Embeddings | None = None
+    ):
         self.reader = reader
         self.encode = encode
         self.redirects = redirects
+        self.embeddings = embeddings
 
     def __getitem__(self, task: Task) -> Made:
         refused: list[dict[str, Any]] = []
@@ -89,29 +99,35 @@ class BatchMaker:
             found = [self._sample(int(row), int(p), task, refused) for row, p in zip(task.rows, positions, strict=True)]
         except CrossguardError as error:
             return Made(None, refused, error)
-        samples = [sample for sample in found if sample is not None]
-        if not samples:
+        used = [one for one in found if one is not None]
+        if not used:
             return Made(None, refused)
-        return Made(stack(samples, **self.encode.layout), refused)
+        rows, samples = [row for row, _ in used], [sample for _, sample in used]
+        arrays = stack(samples, **self.encode.layout)
+        if self.embeddings is not None:
+            arrays["embeddings"] = self.embeddings.take(rows)
+        return Made(arrays, refused, rows=rows)
 
     def received(self, made: Made) -> Delivery:
         """The batch, in memory of its own."""
         from crossguard.data.loading.collate import Batch  # torch, which workers never import
 
-        return Delivery(None if made.arrays is None else Batch.of(made.arrays), made.refused, made.error)
+        batch = None if made.arrays is None else Batch.of(made.arrays)
+        return Delivery(batch, made.refused, made.error, made.rows)
 
-    def _sample(self, row: int, position: int, task: Task, refused: list[dict[str, Any]]) -> EncodedSample | None:
+    def _sample(self, row: int, position: int, task: Task, refused: list[dict[str, Any]]) -> Found | None:
         place = {} if task.step is None else {"step": task.step, "position": position}
         sample = self._read(row, place, refused)
         if sample is None and self.redirects is not None:
-            sample = self._redirected(row, self.redirects.with_refused(task.refused), place, refused)
-        if sample is not None:
-            sample.position = position
-        return sample
+            row, sample = self._redirected(row, self.redirects.with_refused(task.refused), place, refused)
+        if sample is None:
+            return None
+        sample.position = position
+        return row, sample
 
     def _redirected(
         self, row: int, redirects: Redirects, place: dict[str, int], refused: list[dict[str, Any]]
-    ) -> EncodedSample:
+    ) -> Found:
         """The first sample that can be used of those that `row` is redirected to."""
         bad = row
         for _ in range(MAX_REDIRECTS):
@@ -119,7 +135,7 @@ class BatchMaker:
             bad = int(redirects.resolve(np.array([row]))[0])
             sample = self._read(bad, place, refused)
             if sample is not None:
-                return sample
+                return bad, sample
         raise JobError(
             f"{self.reader.place}: {MAX_REDIRECTS} samples of split '{self.reader.split}' in a row cannot be used "
             f"(position {place['position']}); quarantine.jsonl gives the reasons"
@@ -127,6 +143,8 @@ class BatchMaker:
 
     def _read(self, row: int, place: dict[str, int], refused: list[dict[str, Any]]) -> EncodedSample | None:
         stage = "train" if place else "evaluate"
+        if (known := self._embedded(row)) is not None:
+            return known
         try:
             raw = self.reader.read(row)
         except SampleError as error:
@@ -137,12 +155,29 @@ class BatchMaker:
             rule = refused_at_read(raw.post, time.time())
             if rule is None:
                 try:
-                    return self.encode(raw, place.get("position", NO_POSITION))
+                    sample = self.encode(raw, place.get("position", NO_POSITION))
+                    if self.embeddings is None:
+                        return sample
+                    rule = "it could not be read when embeddings were computed; remove them and start again"
                 except MediaError as error:
                     rule = str(error)
             reason = rule
         refused.append({**name, "row": row, "split": self.reader.split, "stage": stage, **place, "reason": reason})
         return None
+
+    def _embedded(self, row: int) -> EncodedSample | None:
+        """The labels of a post whose embedding is there; None where all of it is to be read, if only to say what is
+        wrong with it."""
+        if self.embeddings is None or not self.embeddings.has(row):
+            return None
+        try:
+            post = self.reader.read_head(row).post
+        except SampleError:
+            return None
+        if refused_at_read(post, time.time()) is not None:
+            return None
+        sample = self.encode(RawSample(post))
+        return sample if self.embeddings.is_of(row, sample) else None
 
 
 class TrainLoader:
@@ -160,6 +195,7 @@ class TrainLoader:
         num_workers: processes that read; 0 reads here.
         start_step, end_step: first and last step.
         on_refused: is told of every sample that could not be used, when its batch is delivered.
+        embeddings: stand in for what is in the posts.
 
     Raises:
         UserError: the ranks do not divide the batch; while iterating, an index is damaged.
@@ -179,6 +215,7 @@ class TrainLoader:
         start_step: int,
         end_step: int,
         on_refused: OnRefused,
+        embeddings: Embeddings | None = None,
     ):
         self.micro_batch_size, self.accumulation = micro_batches(order.batch_size, world_size, micro_batch_size)
         self.order = order
@@ -186,7 +223,7 @@ class TrainLoader:
         self.num_workers = num_workers
         self.steps = range(start_step, end_step + 1)
         self.on_refused = on_refused
-        self.maker = BatchMaker(reader, encode, order.redirects)
+        self.maker = BatchMaker(reader, encode, order.redirects, embeddings)
         self.known_refused = order.redirects.refused
 
     def __len__(self) -> int:
@@ -225,6 +262,7 @@ class EvalLoader:
         batch_size: posts in a batch; the last may hold fewer.
         num_workers: processes that read; 0 reads here.
         on_refused: is told of every sample that could not be used.
+        embeddings: stand in for what is in the posts.
     """
 
     def __init__(
@@ -236,6 +274,7 @@ class EvalLoader:
         *,
         num_workers: int,
         on_refused: OnRefused,
+        embeddings: Embeddings | None = None,
     ):
         rows = np.asarray(rows, dtype=np.int64)
         # Bytes of text stand in for tokens: the order of the batches changes no score.
@@ -244,7 +283,7 @@ class EvalLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.on_refused = on_refused
-        self.maker = BatchMaker(reader, encode, redirects=None)
+        self.maker = BatchMaker(reader, encode, None, embeddings)
 
     def __len__(self) -> int:
         """Batches to deliver, at most."""

@@ -79,10 +79,11 @@ def crossguard(config: Config, ranks: Ranks, turns: Turns) -> None:
     def batches(*_: Any, **__: Any) -> Iterator[list[Batch]]:
         batch = new_batch()
         for _ in range(MOST_STEPS):
-            turns.pause()
             yield [batch]
 
     def listen(phase: str) -> None:
+        if phase == phases.DATA:  # The first of a step.
+            turns.pause()
         if phase == phases.CHECKPOINT:  # The one after the last step.
             turns.end()
 

@@ -66,7 +66,7 @@ class Decisions:
         """Plain JSON values."""
         return {
             "promises": self.promises,
-            "parents": [list(pair) for pair in self.parents],
+            **({"parents": [list(pair) for pair in self.parents]} if self.parents else {}),
             "calibration": {policy: calibrator.to_json() for policy, calibrator in self.calibrators.items()},
             "thresholds": {
                 policy: {

@@ -10,6 +10,7 @@ from typing import Any
 from crossguard.configs.schema import Config
 from crossguard.train.evaluation.compare import in_words as worse_in_words
 from crossguard.train.evaluation.decisions import NO_LABELS
+from crossguard.train.evaluation.evasion import POINT
 from crossguard.train.evaluation.splits import shown_split
 
 # Differences of average precision or AUROC below this are called level.
@@ -17,6 +18,9 @@ LEVEL = 0.01
 # A split or language below this AUROC is called failed; chance is .5.
 FAILS_BELOW = 0.6
 GUESSING = 0.5
+# Under an attack, recall may fall and the share of benign posts that are flagged may rise by so much.
+MOST_RECALL_LOST = 0.05
+MOST_FALSE_POSITIVES = 0.01
 REFERENCE_NAMES = {"tfidf_logistic_regression": "character n-grams with logistic regression"}
 
 
@@ -39,6 +43,7 @@ def find(config: Config, metrics: Mapping[str, Any], train_languages: set[str]) 
     found += _weakest_group(metrics["splits"][split]) + _widest_gap(metrics["splits"][split])
     found += _insufficient(metrics["splits"][split], split, config)
     found += _decisions(config, metrics, split) + _against_earlier(metrics) + _suite(metrics)
+    found += _evasion(metrics)
     if config.data.source == "synthetic":
         found.append(
             Finding(
@@ -108,6 +113,29 @@ def _suite(metrics: Mapping[str, Any]) -> list[Finding]:
             text += f"; worse than guessing: {', '.join(in_words(name) for name in failed)}"
         found.append(Finding("bad" if failed else "note", f"{text}."))
     return found
+
+
+def _evasion(metrics: Mapping[str, Any]) -> list[Finding]:
+    """The family of attacks that hides most, and the one that gets most benign posts flagged."""
+    if "evasion" not in metrics:
+        return []
+    families = {
+        name: points[POINT]["macro"]
+        for name, points in metrics["evasion"]["families"].items()
+        if "macro" in points[POINT]
+    }
+    if not families:
+        return [Finding("note", "Disguised texts: too few known positives or negatives to measure any policy.")]
+    hides = min(families, key=lambda name: families[name]["recall"]["difference"])
+    flags = max(families, key=lambda name: families[name]["false_positive_rate"]["difference"])
+    recall, rate = families[hides]["recall"], families[flags]["false_positive_rate"]
+    text = (
+        f"Disguised texts, {len(families)} families, at thresholds that flag 5 % of benign posts as they are: recall "
+        f"falls most under {in_words(hides)}, from {recall['clean']:.1%} to {recall['attacked']:.1%}; benign posts are "
+        f"flagged most under {in_words(flags)}, {rate['attacked']:.1%} instead of {rate['clean']:.1%}."
+    )
+    holds = recall["difference"] >= -MOST_RECALL_LOST and rate["difference"] <= MOST_FALSE_POSITIVES
+    return [Finding("good" if holds else "bad", text)]
 
 
 def _against_ablations(metrics: Mapping[str, Any], split: str) -> list[Finding]:

@@ -18,9 +18,11 @@ from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.compare import compare, read_run
+from crossguard.train.evaluation.conditions import DISGUISED, UnderConditions
 from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
+from crossguard.train.evaluation.evasion import measure_evasion
 from crossguard.train.evaluation.metrics import evaluate_predictions
 from crossguard.train.evaluation.plots import Panel
 from crossguard.train.evaluation.predictions import Predictions
@@ -57,6 +59,7 @@ def measure(
     ablations: list[str],
     suite: list[Predictions],
     subsets: Mapping[tuple[str, ...], Predictions],
+    changed: Mapping[str, UnderConditions],
 ) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
@@ -69,6 +72,7 @@ def measure(
         ablations: their names.
         suite: predictions on the functional suite, if there is one.
         subsets: modalities -> predictions from them alone on the split that is shown first, if they were asked for.
+        changed: name -> predictions on the primary split under conditions, of the same models.
 
     Returns:
         The content of metrics.json, and the report's plots by section.
@@ -77,6 +81,9 @@ def measure(
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
     metrics = _figures(config, posts, scored, references, step)
+    if config.evaluation.attacks:
+        decisions = Decisions.from_json(metrics["decisions"]) if "decisions" in metrics else None
+        metrics["evasion"] = _evasion(scored[MODEL], changed[MODEL], decisions, config)
     if suite:
         validation = scored[MODEL].get(VALIDATION)
         thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
@@ -85,6 +92,9 @@ def measure(
         metrics["modality_subsets"] = _subsets(config, scored[MODEL], subsets)
     if ablations:
         metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
+        if config.evaluation.attacks:
+            for name, found in metrics["ablations"].items():
+                found["evasion"] = _evasion(scored[name], changed[name], None, config)
     if references:
         fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
         metrics["references"] = {
@@ -146,6 +156,11 @@ def _measure_routing(
         probabilities = predictions.scores if decisions is None else decisions.calibrated(predictions)
         cheaper = {name: others[split] for name, others in scored.items() if name != MODEL}
         splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, config.evaluation)
+
+
+def _evasion(scored: Scored, changed: UnderConditions, decisions: Decisions | None, config: Config) -> dict[str, Any]:
+    split = shown_split(scored)
+    return measure_evasion(scored, split, changed[DISGUISED], decisions, config.evaluation)
 
 
 def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bool = False) -> dict[str, Any]:

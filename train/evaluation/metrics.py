@@ -90,7 +90,9 @@ def evaluate_predictions(
             "by_language": _by_group(known.languages, cell),
         }
         if policy in predictions.severity:
-            policies[policy]["severity"] = measure_severity(predictions, policy, config.min_positives)
+            policies[policy]["severity"] = measure_severity(
+                predictions, policy, config.min_positives, intervals=in_detail
+            )
         if in_detail:
             policies[policy] |= _detail(known, cell, config.min_positives)
     result: dict[str, Any] = {"policies": policies}

@@ -22,6 +22,7 @@ from crossguard.train.evaluation.plots import Line, Panel, curve_panels, history
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_decisions import calibration_rows, diagrams, threshold_rows
 from crossguard.train.evaluation.report_errors import cascade_panels, review_panels, suite_tables, worst_errors
+from crossguard.train.evaluation.report_evasion import evasion_tables
 from crossguard.train.evaluation.report_slices import gap_rows, heat_map, slice_maps
 from crossguard.train.evaluation.splits import shown_split
 
@@ -122,6 +123,7 @@ def _content(run_dir: Path, evaluated: Evaluated) -> dict[str, Any]:
         "review": review_panels(metrics["splits"][split]),
         "cascade": cascade_panels(metrics["splits"][split]),
         "suites": suite_tables(metrics),
+        "evasion": evasion_tables(metrics),
         "errors": worst_errors(
             next(iter(evaluated.predictions.values()))[split],
             evaluated.readers[split] if evaluated.config.evaluation.show_texts else None,

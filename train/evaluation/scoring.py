@@ -7,7 +7,7 @@ the last digit of a score depends on it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from crossguard.configs.errors import JobError, Preempted
 from crossguard.configs.progress import progress
 from crossguard.data.loading.collate import Batch, collate
+from crossguard.data.loading.embeddings import Embeddings
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.loader import EvalLoader
 from crossguard.data.loading.reader import ShardReader
@@ -39,6 +40,7 @@ def score_split(
     num_workers: int = 0,
     on_refused: Callable[[dict[str, Any]], None],
     title: str = "",
+    embeddings: Embeddings | None = None,
 ) -> Predictions:
     """The model's predictions on `rows` of a split, gathered on every rank; all ranks call it.
 
@@ -52,13 +54,23 @@ def score_split(
         num_workers: processes that read for each rank.
         on_refused: is told of every post that could not be read; those are left out.
         title: what is being done, for the progress that rank 0 shows; nothing is shown without.
+        embeddings: of the posts, where they stand in for what is in them.
 
     Raises:
         JobError: a score is not finite.
         Preempted: a rank was asked to stop; on all ranks.
     """
     dealt = _deal(reader, rows, batch_size, ranks.world_size)
-    loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, num_workers=num_workers, on_refused=on_refused)
+    loader = EvalLoader(
+        reader,
+        dealt[ranks.rank],
+        encode,
+        batch_size,
+        num_workers=num_workers,
+        on_refused=on_refused,
+        embeddings=embeddings,
+    )
+    nothing = filler(encode, embeddings)
     with (
         preemption.holding(),
         phases.resting_after(),
@@ -69,7 +81,7 @@ def score_split(
         parts: list[Predictions] = []
         for count in _posts_of_passes(dealt, batch_size):
             phases.enter(phases.EVALUATION)
-            parts += _score_next(model, encode, batches, ranks)
+            parts += _score_next(model, encode, next(batches, None), nothing, ranks)
             shown.advance(count)
             _check_not_preempted(ranks.any(preemption.asked()))
         everyone = ranks.gather((preemption.asked(), parts))
@@ -79,13 +91,14 @@ def score_split(
     return predictions
 
 
-def _score_next(model: nn.Module, encode: PostEncoder, batches: Iterator[Batch], ranks: Ranks) -> list[Predictions]:
-    """Score this rank's next batch; a rank that has none left still runs the model, which others may be waiting for."""
-    batch = next(batches, None)
+def _score_next(
+    model: nn.Module, encode: PostEncoder, batch: Batch | None, nothing: Batch, ranks: Ranks
+) -> list[Predictions]:
+    """Score a batch; a rank that has none left still runs the model, which others may be waiting for."""
     # Convolutions in full fp32 on GPUs too, as on CPUs.
     exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     with torch.no_grad(), exact:
-        logits = model((batch or _filler(encode)).to(ranks.device))
+        logits = model((batch or nothing).to(ranks.device))
     return [] if batch is None else [_predictions(encode.taxonomy, batch, logits)]
 
 
@@ -133,7 +146,10 @@ def _predictions(taxonomy: Taxonomy, batch: Batch, logits: torch.Tensor) -> Pred
     return Predictions(taxonomy.names, batch.ids, batch.languages, scores, labels[:, policies], severity=severity)
 
 
-def _filler(encode: PostEncoder) -> Batch:
-    """A batch of one empty post, for a rank that has none left; its logits are thrown away."""
+def filler(encode: PostEncoder, embeddings: Embeddings | None = None) -> Batch:
+    """A batch of one empty post, for a rank that has none left; what the model says of it is thrown away."""
     empty = EncodedSample("", "und", None, [], np.full(encode.num_policies, np.nan, dtype=np.float32))
-    return collate([empty], **encode.layout)
+    batch = collate([empty], **encode.layout)
+    if embeddings is not None:
+        batch.embeddings = {name: torch.from_numpy(array) for name, array in embeddings.blank().items()}
+    return batch

@@ -14,7 +14,9 @@ from crossguard.train.evaluation.intervals import LEVEL, RESAMPLES
 from crossguard.train.evaluation.predictions import Predictions
 
 
-def measure_severity(predictions: Predictions, policy: str, min_positives: int) -> dict[str, Any]:
+def measure_severity(
+    predictions: Predictions, policy: str, min_positives: int, *, intervals: bool = True
+) -> dict[str, Any]:
     """{"all": cell, "by_language": {language: cell}} of a policy with a severity.
 
     A cell is {"n", "positives" (posts above level 0), "quadratic_kappa", "mean_absolute_error", "intervals"}, or {"n",
@@ -24,25 +26,28 @@ def measure_severity(predictions: Predictions, policy: str, min_positives: int) 
     known = ~np.isnan(given)
     given, nearest = given[known].astype(np.int64), np.rint(expected[known]).astype(np.int64)
     languages = np.array(predictions.languages, dtype=object)[known]
-    by_language = {
-        str(language): _cell(given[languages == language], nearest[languages == language], min_positives)
-        for language in sorted(set(languages))
+
+    def cell(rows: np.ndarray) -> dict[str, Any]:
+        return _cell(given[rows], nearest[rows], min_positives, intervals)
+
+    return {
+        "all": cell(np.ones(len(given), dtype=bool)),
+        "by_language": {str(language): cell(languages == language) for language in sorted(set(languages))},
     }
-    return {"all": _cell(given, nearest, min_positives), "by_language": by_language}
 
 
-def _cell(given: np.ndarray, nearest: np.ndarray, min_positives: int) -> dict[str, Any]:
+def _cell(given: np.ndarray, nearest: np.ndarray, min_positives: int, intervals: bool) -> dict[str, Any]:
     from sklearn.metrics import cohen_kappa_score, mean_absolute_error
 
     counts = {"n": len(given), "positives": int((given > 0).sum())}
     if min(counts["positives"], counts["n"] - counts["positives"]) < min_positives:
         return counts | {"insufficient": True}
-    levels = range(int(max(given.max(), nearest.max())) + 1)
-    return counts | {
-        "quadratic_kappa": float(cohen_kappa_score(given, nearest, labels=list(levels), weights="quadratic")),
+    levels = int(max(given.max(), nearest.max())) + 1
+    found = {
+        "quadratic_kappa": float(cohen_kappa_score(given, nearest, labels=list(range(levels)), weights="quadratic")),
         "mean_absolute_error": float(mean_absolute_error(given, nearest)),
-        "intervals": _intervals(given, nearest, len(levels)),
     }
+    return counts | found | ({"intervals": _intervals(given, nearest, levels)} if intervals else {})
 
 
 def _intervals(given: np.ndarray, nearest: np.ndarray, levels: int) -> dict[str, list[float]]:
@@ -62,7 +67,8 @@ def _of_tables(tables: np.ndarray) -> dict[str, np.ndarray]:
     """Both metrics of each table [B, levels, levels] of given and predicted levels; NaN where one is not defined."""
     far = np.abs(np.subtract.outer(np.arange(tables.shape[1]), np.arange(tables.shape[1]))).astype(np.float64)
     total = tables.sum(axis=(1, 2))
-    by_chance = np.einsum("bi,bj->bij", tables.sum(axis=2), tables.sum(axis=1)) / total[:, None, None]
+    by_chance = np.einsum("bi,bj->bij", tables.sum(axis=2), tables.sum(axis=1))
     observed, expected = (tables * far**2).sum(axis=(1, 2)), (by_chance * far**2).sum(axis=(1, 2))
-    kappa = 1 - np.divide(observed, expected, out=np.full_like(observed, np.nan), where=expected > 0)
-    return {"quadratic_kappa": kappa, "mean_absolute_error": (tables * far).sum(axis=(1, 2)) / total}
+    with np.errstate(invalid="ignore"):
+        kappa = 1 - observed * total / np.where(expected > 0, expected, np.nan)
+        return {"quadratic_kappa": kappa, "mean_absolute_error": (tables * far).sum(axis=(1, 2)) / total}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import watchdog
-from crossguard.train.checkpoint import best_valid, load_weights
+from crossguard.train.checkpoint import best_valid
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
+from crossguard.train.evaluation.conditions import UnderConditions, conditions_of
 from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
@@ -35,6 +37,7 @@ from crossguard.train.models import Classifier
 from crossguard.train.models.withheld import Withheld
 from crossguard.train.ranks import Ranks
 from crossguard.train.run_lock import run_lock
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.tracking import open_tracker
 from crossguard.train.trained import load_trained
 
@@ -65,6 +68,7 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             suite = [model.score_suite(reader) for reader in cases]
             scored = {MODEL: model.score(posts, fields)}
             subsets = model.score_subsets(posts) if config.evaluation.modality_subsets else {}
+            changed = {MODEL: model.score_under_conditions(posts)}
         ablations = ranks.on_first(
             lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
         )
@@ -72,9 +76,10 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             architecture = load_config(folder / "config.yaml").model
             ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
             scored[folder.name] = ablated.score(posts, fields)
+            changed[folder.name] = ablated.score_under_conditions(posts)
         if ranks.is_first:
             names = [folder.name for folder in ablations]
-            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite, subsets)
+            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite, subsets, changed)
             tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
             track_report(tracker, *found)
             tracker.close()
@@ -154,6 +159,15 @@ class Scorer:
             scored[names] = self._score(posts.readers[split], posts.rows[split], what, refused, withheld)
         return scored
 
+    def score_under_conditions(self, posts: Posts) -> UnderConditions:
+        """Predictions on the primary split once more for each condition; what cannot be read is named already."""
+        split, found = shown_split(posts.splits), defaultdict[str, Scored](dict)
+        for condition in conditions_of(self.config):
+            encode, what = self.encode.under(condition.change), f"{split}, {condition.kind}: {condition.name}"
+            predictions = self._score(posts.readers[split], posts.rows[split], what, [], encode=encode)
+            found[condition.kind][condition.name] = predictions
+        return found
+
     def _score(
         self,
         reader: ShardReader,
@@ -161,10 +175,11 @@ class Scorer:
         what: str,
         refused: list[dict[str, Any]],
         model: nn.Module | None = None,
+        encode: PostEncoder | None = None,
     ) -> Predictions:
         return score_split(
             model or self.model,
-            self.encode,
+            encode or self.encode,
             reader,
             rows,
             self.ranks,

@@ -20,19 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file, save_file
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_same_model
-from crossguard.configs.saved import as_plain
+from crossguard.configs.saved import as_plain, model_of
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.configs.schema.encoders import EncoderConfig, LoraConfig
 from crossguard.configs.schema.model import MODALITIES
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
-from crossguard.train.checkpoint import best_valid, load_weights
+from crossguard.train.checkpoint import best_valid
 from crossguard.train.checkpoint_folder import read_state, step_of
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.decisions import Decisions
@@ -41,6 +39,7 @@ from crossguard.train.export.measured import decisions_of
 from crossguard.train.models import Classifier, without_pretrained
 from crossguard.train.models.lora import merge_lora
 from crossguard.train.ranks import Ranks
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.tokenizers import BYTES, load_tokenizer
 from crossguard.train.trained import load_trained
 
@@ -118,6 +117,13 @@ def load_bundle(folder: Path) -> Bundle:
     Raises:
         UserError: a file is missing or altered, or this version does not know the bundle's format.
     """
+    config, encode = open_bundle(folder)
+    model = load_trained(config, encode, load_file(folder / WEIGHTS), folder)
+    return Bundle(model, encode, encode.taxonomy, Decisions.from_json(_read(folder / DECISIONS)))
+
+
+def open_bundle(folder: Path) -> tuple[ModelConfig, PostEncoder]:
+    """What a bundle's model is and reads, once every file is known to be whole; raises as `load_bundle` does."""
     manifest = _read(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
@@ -129,11 +135,9 @@ def load_bundle(folder: Path) -> Bundle:
         if found.get(name) != expected:
             what = "missing" if name not in found else "its content is not what the manifest says"
             raise UserError(f"{folder / name}: {what}; export the bundle again")
+    config = model_of(_read(folder / CONFIG)["model"], folder / CONFIG)
     taxonomy = Taxonomy.from_json(_read(folder / TAXONOMY))
-    config = _model_config(folder)
-    encode = PostEncoder(config, taxonomy, load_tokenizer(config.text, folder / TOKENIZER))
-    model = load_trained(config, encode, load_file(folder / WEIGHTS), folder)
-    return Bundle(model, encode, taxonomy, Decisions.from_json(_read(folder / DECISIONS)))
+    return config, PostEncoder(config, taxonomy, load_tokenizer(config.text, folder / TOKENIZER))
 
 
 def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:
         name: dataclasses.replace(encoder, lora=LoraConfig())
         for name, encoder in {**_every_encoder(config), "text": text}.items()
     }
-    described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, **plain), model))
+    described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, start_from=None, **plain), model))
     for name in MODALITIES:
         described[name]["config"].pop("_name_or_path", None)  # may be a path of this machine
     return described
@@ -153,16 +157,6 @@ def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:
 
 def _every_encoder(config: ModelConfig) -> dict[str, EncoderConfig]:
     return {name: getattr(config, name) for name in MODALITIES}
-
-
-def _model_config(folder: Path) -> ModelConfig:
-    values = _read(folder / CONFIG)["model"]
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{folder / CONFIG}: {str(error).splitlines()[0]}; export the bundle again") from None
-    assert isinstance(config, ModelConfig)
-    return config
 
 
 def _lineage(checkpoint: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from crossguard.configs.schema import Config
 from crossguard.train.evaluation.decisions import NO_LABELS, Decisions
+from crossguard.train.evaluation.evasion import POINT
 from crossguard.train.export.measured import decisions_of, measured
 
 NOT_MEASURED = "Nothing was measured: `crossguard evaluate` has not run."
@@ -48,7 +49,7 @@ def model_card(config: Config, run_dir: Path, step: int) -> str:
         lines += [_row(policy, result["all"]) for policy, result in of_split["policies"].items()]
         lines += _severities(of_split)
         lines += ["", *_worst(of_split), _without_figures(of_split), ""]
-    lines += _subset_lines(metrics) + _threshold_lines(decisions)
+    lines += _subset_lines(metrics) + _threshold_lines(decisions) + _evasion_lines(metrics)
     for kind in ("ablations", "references"):
         for name, other in metrics.get(kind, {}).items():
             macro = other.get("macro", {})
@@ -78,6 +79,25 @@ def _threshold_lines(decisions: Decisions) -> list[str]:
         kept = sum(threshold.above is not None for threshold in cells)
         lines.append(f"| {action} | {promise} | {kept} of {len(cells)}; elsewhere the labels cannot support it |")
     return [*lines, ""]
+
+
+def _evasion_lines(metrics: dict[str, Any]) -> list[str]:
+    """What disguises cost, by family of attacks."""
+    found = metrics.get("evasion", {"families": {}})
+    rows = [
+        f"| {family.replace('_', ' ')} | {_change(macro['recall'])} | {_change(macro['false_positive_rate'])} |"
+        for family, points in found["families"].items()
+        if (macro := points[POINT].get("macro"))
+    ]
+    if not rows:
+        return []
+    head = ["| disguise | recall | benign posts flagged |", "|---|---|---|"]
+    where = f"On split {found['split']}, at thresholds that flag 5 % of the benign posts of split {found['fitted_on']}"
+    return ["### Disguised texts", "", f"{where}; means over policies.", "", *head, *rows, ""]
+
+
+def _change(rate: dict[str, Any]) -> str:
+    return f"{rate['clean']:.3f} to {rate['attacked']:.3f}"
 
 
 def _row(policy: str, cell: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.models.audio import Hearing, build_audio_tower
+from crossguard.train.models.embedding import FRONTS, FUSED, Seam, is_frozen, pack, unpack
 from crossguard.train.models.fusion import build_fusion
 from crossguard.train.models.heads import Heads
 from crossguard.train.models.image import Normalise, build_image_tower
@@ -69,21 +70,37 @@ class Classifier(nn.Module):
         self.heads = Heads(config.heads, taxonomy, self.fusion.output_width)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Switch to training, all but batch normalisation: it keeps its statistics.
+        """Switch to training, all but batch normalisation, which keeps its statistics, and towers or a fusion of which
+        nothing is trained.
 
-        With those of a micro-batch, logits would depend on the posts beside a post, and ranks would drift apart.
+        With the statistics of a micro-batch, logits would depend on the posts beside a post, and ranks would drift
+        apart. What is frozen says the same of a post each time, whether it is computed each time or once.
         """
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
+        for name in (*FRONTS, "fusion"):
+            part = self._modules.get(name)
+            if part is not None and is_frozen(part):
+                part.eval()
         return self
 
-    def forward(self, batch: Batch) -> Tensor:
-        """A batch of B posts → logits float32[B, L], in the order of the label vector."""
+    def forward(self, batch: Batch, embed: Seam | None = None) -> Any:
+        """A batch of B posts → logits float32[B, L], in the order of the label vector; with `embed`, what crosses that
+        seam, as `embedding.pack` lays it out. A batch of such embeddings goes on from there."""
+        if embed is not None:
+            return self._embed(batch, embed)
+        if FUSED in batch.embeddings:
+            return self.heads(batch.embeddings[FUSED])
+        modalities = unpack(batch.embeddings) if batch.embeddings else self.read(batch)
         if self.training and self.modality_dropout:
-            batch = drop_modalities(batch, self.modality_dropout, self.seed)
-        return self.judge(self.read(batch))
+            modalities = drop_modalities(modalities, batch.positions, self.modality_dropout, self.seed)
+        return self.judge(modalities)
+
+    def _embed(self, batch: Batch, seam: Seam) -> dict[str, Tensor]:
+        modalities = self.read(batch)
+        return {FUSED: self.fusion(modalities).float()} if seam.fused else pack(modalities, seam)
 
     def read(self, batch: Batch) -> dict[str, Tokens]:
         """What each modality's tower says of a batch of B posts."""

@@ -22,6 +22,8 @@ class Fusion(nn.Module):
     """Tokens of every modality in, one vector a post out: what all kinds share."""
 
     output_width: int
+    # Whether it looks at more than the summaries.
+    reads_tokens = True
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         """
@@ -63,6 +65,8 @@ class Fusion(nn.Module):
 class Late(Fusion):
     """The summaries side by side: a linear head over them is a sum of the modalities' logits."""
 
+    reads_tokens = False
+
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
         # One norm for each: a common one would divide a modality by the spread of the others.
@@ -75,22 +79,28 @@ class Late(Fusion):
 
 
 class Gated(Fusion):
-    """Gated multimodal units (arXiv 1702.01992): gates that see all modalities multiply the features of each."""
+    """The features of each modality, multiplied by gates that the other modalities set (after arXiv 1702.01992).
+
+    Gates lie between 0 and 2: where nothing is learned yet they let features through as they are.
+    """
+
+    reads_tokens = False
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
-        width = config.width
+        width, others = config.width, max(1, len(widths) - 1)
         self.features = nn.ModuleDict({name: nn.Linear(width, width) for name in widths})
-        self.gates = nn.Linear(len(widths) * width, len(widths) * width)
-        self.norm = nn.LayerNorm(width)
-        self.output_width = width
+        self.gates = nn.ModuleDict({name: nn.Linear(others * width, width) for name in widths})
+        self.output_width = width * len(widths)
+        self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         summaries = self.summaries(modalities)
-        said = [linear(summary).tanh() for linear, summary in zip(self.features.values(), summaries, strict=True)]
-        gates = self.gates(torch.cat(summaries, dim=-1)).sigmoid()
-        opened = gates * torch.cat(said, dim=-1)
-        fused: Tensor = self.norm(opened.unflatten(-1, (len(said), -1)).sum(dim=1))
+        opened = [
+            self.features[name](summary) * (1 + self.gates[name](torch.cat(_others(summaries, place), -1)).tanh())
+            for place, (name, summary) in enumerate(zip(modalities, summaries, strict=True))
+        ]
+        fused: Tensor = self.norm(torch.cat(opened, dim=-1))
         return fused
 
 
@@ -128,6 +138,7 @@ class Joint(Fusion):
         width = config.width
         self.first = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.reads_tokens = bool(self.blocks)
         self.factors = nn.ModuleDict({name: nn.Linear(width, width) for name in widths} if len(widths) > 1 else {})
         self.output_width = width * (1 + len(widths) + bool(self.factors))
         self.norm = nn.LayerNorm(self.output_width)
@@ -149,7 +160,7 @@ class Joint(Fusion):
 
 class Bottleneck(Fusion):
     """A transformer for each modality; what they tell each other passes through a few common tokens, which after each
-    layer are the mean of what all made of them (arXiv 2107.00135)."""
+    layer are the mean of what all made of them (arXiv 2107.00135). Those are read out as well: they alone hold all."""
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
@@ -157,7 +168,7 @@ class Bottleneck(Fusion):
         self.layers = nn.ModuleList(
             nn.ModuleDict({name: Block(config) for name in widths}) for _ in range(config.layers)
         )
-        self.output_width = config.width * len(widths)
+        self.output_width = config.width * (1 + len(widths))
         self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
@@ -172,7 +183,7 @@ class Bottleneck(Fusion):
             ]
             values = [value[:, count:] for value in read]
             common = torch.stack([value[:, :count] for value in read]).mean(dim=0)
-        fused: Tensor = self.norm(torch.cat([value[:, 0] for value in values], dim=-1))
+        fused: Tensor = self.norm(torch.cat([common.mean(dim=1), *(value[:, 0] for value in values)], dim=-1))
         return fused
 
 

@@ -57,6 +57,37 @@ class Heads(nn.ModuleDict):
         return torch.stack(columns, dim=1)
 
 
+def rows_of(config: dict[str, HeadConfig], taxonomy: Taxonomy) -> dict[str, list[tuple[str, str]]]:
+    """Each tensor of the heads → for each of its rows the policy that it belongs to ("" where it is all of the head's),
+    and what it means: rows that mean the same can be exchanged between any two models with the same trunk.
+
+    Args:
+        config: as for `Heads`.
+        taxonomy: as for `Heads`.
+    """
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for name, head in (config or {MAIN: HeadConfig(list(taxonomy.names))}).items():
+        # Behind a hidden layer, only with that layer.
+        layer = f"{name} hidden {head.hidden} " if head.hidden else ""
+        own = [policy for policy in taxonomy.policies if policy.name in head.policies]
+        graded = [policy for policy in own if policy.severity_levels]
+        meanings = [(one.name, f"{layer}{one.name} in {one.parent}") for one in own]
+        levels = [(one.name, f"{layer}{one.name} of {one.severity_levels}") for one in graded]
+        for kind in ("weight", "bias"):
+            if head.hidden:
+                rows[f"heads.{name}.hidden.{kind}"] = [("", f"{layer}{kind} {row}") for row in range(head.hidden)]
+            rows[f"heads.{name}.logits.{kind}"] = [(one, f"{kind} {meaning}") for one, meaning in meanings]
+            if graded:
+                rows[f"heads.{name}.severity.score.{kind}"] = [(one, f"level {kind} {level}") for one, level in levels]
+        if graded:
+            rows[f"heads.{name}.severity.gaps"] = [
+                (policy, f"gap {gap} {level}")
+                for (policy, level), one in zip(levels, graded, strict=True)
+                for gap in range(1, one.severity_levels)
+            ]
+    return rows
+
+
 class Head(nn.Module):
     """Some of the policies: their logits, then the levels of those with a severity."""
 
