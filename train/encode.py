@@ -137,9 +137,8 @@ class PostEncoder:
         parts = self._parts(raw, position, attacks)
         if not parts:
             return None, None
-        tokens = np.array(list(itertools.chain(*parts)), dtype=np.int32)
-        segments = np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
-        return tokens, segments if self.fields else None
+        tokens = parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
+        return np.array(tokens, dtype=np.int32), _numbered(parts) if self.fields else None
 
     def _parts(self, raw: RawSample, position: int, attacks: TextAttacks | None) -> list[list[int]]:
         """The tokens of the caption and of each further field that is read; empty where nothing is written in any.
@@ -220,3 +219,8 @@ class PostEncoder:
             "policies": self.taxonomy.columns,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _numbered(parts: list[list[int]]) -> np.ndarray:
+    """uint8, for each token the number of the part that it is in."""
+    return np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts])

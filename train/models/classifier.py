@@ -132,11 +132,11 @@ class Classifier(nn.Module):
             modalities["image"] = Tokens(values, mask, summary, batch.has_image)
         if frames is not None:
             video = given(batch.video)
-            modalities["video"] = self.frames(frames, video.times, video.post, video.present)
+            modalities["video"] = Tokens(*self.frames(frames, video.times, video.post, len(batch)), video.present)
         if "audio" in self.modalities:
             sound = given(batch.audio)
             heard, mask = self.audio(sound.values.to(self._dtype), sound.lengths)
-            modalities["audio"] = self.hearing(heard, mask, sound.post, sound.present)
+            modalities["audio"] = Tokens(*self.hearing(heard, mask, sound.post, len(batch)), sound.present)
         return modalities
 
     def judge(self, modalities: dict[str, Tokens]) -> Tensor:
