@@ -63,7 +63,8 @@ class Config:
         at_least("seed", self.seed, 0)
         policies = [policy.name for policy in self.taxonomy.policies]
         check_metric(self.checkpoint.metric, policies, self.evaluation.metrics)
-        check_heads(self.model.heads, policies)
+        if isinstance(self.model, ModelConfig):  # `predict` builds shards without one.
+            check_heads(self.model.heads, policies)
         if self.train.patience and not self.evaluation.every_steps:
             raise UserError("train.patience: needs evaluation.every_steps above 0")
         if self.train.compile and self.zero.stage == 3:

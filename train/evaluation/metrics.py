@@ -89,10 +89,6 @@ def evaluate_predictions(
             "all": cell(np.ones(len(known.labels), dtype=bool)),
             "by_language": _by_group(known.languages, cell),
         }
-        if policy in predictions.severity:
-            policies[policy]["severity"] = measure_severity(
-                predictions, policy, config.min_positives, intervals=in_detail
-            )
         if in_detail:
             by_slice = {name: _by_group(groups, cell) for name, groups in known.slices.items()}
             simple = {name: groups for name, groups in known.slices.items() if JOIN not in name}
@@ -101,7 +97,14 @@ def evaluate_predictions(
             )
             found = {"by_slice": by_slice, "false_positive_gap": gaps}
             policies[policy] |= {name: value for name, value in found.items() if value}
-    result: dict[str, Any] = {"policies": policies}
+    for policy in predictions.severity:
+        severity = measure_severity(predictions, policy, config.min_positives, intervals=in_detail)
+        policies[policy]["severity"] = severity
+    return {"policies": policies, **_means(policies, in_detail)}
+
+
+def _means(policies: Mapping[str, Any], in_detail: bool) -> dict[str, Any]:
+    """What stands beside the policies; a mean over nothing is absent."""
     means = {
         "macro": mean_of_cells(policy["all"] for policy in policies.values()),
         "macro_policy_language": mean_of_cells(
@@ -110,7 +113,7 @@ def evaluate_predictions(
     }
     if in_detail:
         means["worst"] = worst_groups(policies)
-    return result | {name: mean for name, mean in means.items() if mean}
+    return {name: mean for name, mean in means.items() if mean}
 
 
 def groups_in(policy: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
