@@ -113,7 +113,7 @@ def test_posts_are_read_without_a_tokenizer_and_without_their_disguise() -> None
         assert sample.input_ids is None
         return None if sample.ngrams is None else sample.ngrams.tolist()
 
-    plain, undoing = encoder(), encoder(normaliser=1)
+    plain, undoing = encoder(), encoder(normaliser=2)
     assert ids(plain, None) is None
     assert ids(plain, "h.a.t.e") != ids(plain, "hate")
     assert ids(undoing, "h.a.t.e") == ids(undoing, "hate") == ids(plain, "hate")

@@ -132,7 +132,7 @@ def changed(**text: object) -> ModelConfig:
             changed(config={**MODEL.text.config, "num_attention_heads": 4}),
             r"model\.text\.config\.num_attention_heads was 2",
         ),
-        (changed(normaliser=1), r"model\.text\.normaliser was 0, is now 1"),
+        (changed(normaliser=2), r"model\.text\.normaliser was 0, is now 2"),
         (changed(prefix="query: "), r"model\.text\.prefix"),
         (replace(MODEL, fusion=replace(MODEL.fusion, kind="late")), r"'fusion\.\S*' is (absent|\[.*\]) there"),
     ],

@@ -132,11 +132,13 @@ class Classifier(nn.Module):
             modalities["image"] = Tokens(values, mask, summary, batch.has_image)
         if frames is not None:
             video = given(batch.video)
-            modalities["video"] = Tokens(*self.frames(frames, video.times, video.post, len(batch)), video.present)
+            values, mask, summary = self.frames(frames, video.times, video.post, len(batch))
+            modalities["video"] = Tokens(values, mask, summary, video.present)
         if "audio" in self.modalities:
             sound = given(batch.audio)
-            heard, mask = self.audio(sound.values.to(self._dtype), sound.lengths)
-            modalities["audio"] = Tokens(*self.hearing(heard, mask, sound.post, len(batch)), sound.present)
+            heard, there = self.audio(sound.values.to(self._dtype), sound.lengths)
+            values, mask, summary = self.hearing(heard, there, sound.post, len(batch))
+            modalities["audio"] = Tokens(values, mask, summary, sound.present)
         return modalities
 
     def judge(self, modalities: dict[str, Tokens]) -> Tensor:
