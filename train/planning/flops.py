@@ -7,7 +7,7 @@ token with every other. Its coefficients are those of passes over shapes.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -44,9 +44,11 @@ class PostFlops:
         sizes = _sizes(config.model)
         with sdpa_kernel(SDPBackend.MATH):  # Fused attention computes its scores once more on the way back.
             seconds = config.model.audio.max_seconds
-            measured = [
-                shapes.trace(POSTS, replace(PostSize(*size), seconds=seconds)).flops / POSTS for size in sizes.tolist()
+            examples = [
+                PostSize(tokens=tokens, images=images, frames=frames, recordings=recordings, seconds=seconds)
+                for tokens, images, frames, recordings in sizes.tolist()
             ]
+            measured = [shapes.trace(POSTS, size).flops / POSTS for size in examples]
         # What a model does not look at does not count.
         read = [name in config.model.modalities for name in ENCODED]
         terms = _terms(np.where(read, sizes, 0))
