@@ -33,6 +33,7 @@ from crossguard.data.shards.build import build_shards
 from crossguard.data.shards.labels import LabelCounts
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.sampling_prior import adjusted
 from crossguard.train.objectives.balance import label_weights, log_odds
 from crossguard.train.objectives.distillation import Teacher
 from crossguard.train.objectives.group_dro import GroupDro
@@ -101,6 +102,14 @@ def test_priors_of_policies_and_of_their_languages() -> None:
     rate = (20 + 10 * 22 / 70) / 70
     assert by_language[0, 0] == pytest.approx(math.log(rate / (1 - rate)), rel=1e-5)
     assert by_language[2, 0] == pytest.approx(odds[0, 0] / 2, rel=1e-5)  # Nobody labeled it there.
+
+
+def test_calibration_knows_what_was_added_to_the_logits_of_a_language() -> None:
+    config = LogitAdjustmentConfig(tau=1.0, by_language=True)
+    odds = log_odds(config, COUNTS)
+    shifts = adjusted({"spam": {"de": 0.5}}, config, COUNTS)
+    assert shifts["spam"] == pytest.approx({"de": 0.5 - odds[0, 0], "sw": -odds[1, 0], "yo": -odds[2, 0]})
+    assert adjusted({}, LogitAdjustmentConfig(tau=1.0), COUNTS) == {}
 
 
 def test_weights_of_languages_follow_their_losses() -> None:

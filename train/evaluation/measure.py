@@ -16,6 +16,7 @@ from crossguard.data.loading.plan import open_folders
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
+from crossguard.data.shards.labels import LabelCounts
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.compare import compare, read_run
 from crossguard.train.evaluation.dataset_card import dataset_card
@@ -28,7 +29,7 @@ from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.routing import measure_routing
-from crossguard.train.evaluation.sampling_prior import Shifts, sampling_shifts
+from crossguard.train.evaluation.sampling_prior import Shifts, adjusted, sampling_shifts
 from crossguard.train.evaluation.splits import TRAIN, VALIDATION, shown_split
 from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
@@ -141,6 +142,9 @@ def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
     if config.evaluation.calibration != "none" and posts.folder.manifest.shards_of(TRAIN):
         folders = open_folders(config) if config.data.mixing.datasets else {OWN: posts.folder}
         shifts = sampling_shifts(folders, config.data.mixing, posts.folder.manifest.rarity, scored[VALIDATION])
+        trained_on = (shard for folder in folders.values() for shard in folder.manifest.shards_of(TRAIN))
+        counts = LabelCounts.of_shards(trained_on, posts.taxonomy.names)
+        shifts = adjusted(shifts, config.train.loss.logit_adjustment, counts)
     return fit_decisions(scored[VALIDATION], config.evaluation, shifts, posts.taxonomy.parents)
 
 

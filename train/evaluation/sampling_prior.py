@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from crossguard.configs.schema.loss import LogitAdjustmentConfig
 from crossguard.configs.schema.mixing import OWN, MixingConfig
 from crossguard.configs.schema.taxonomy import BENIGN
 from crossguard.data.loading.order import group_shares
 from crossguard.data.loading.strata import Layout
 from crossguard.data.shards.folder import ShardFolder
+from crossguard.data.shards.labels import LabelCounts
 from crossguard.data.taxonomy import POSITIVE_FROM
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.objectives.balance import log_odds
 
 TRAIN = "train"
 Shifts = dict[str, dict[str, float]]
@@ -61,6 +64,23 @@ def sampling_shifts(
             if np.isfinite(shift) and shift:
                 shifts.setdefault(policy, {})[str(language)] = float(shift)
     return shifts
+
+
+def adjusted(shifts: Shifts, config: LogitAdjustmentConfig, counts: LabelCounts) -> Shifts:
+    """The same shifts where the loss has added the log odds of each language to the logits, which so came to lack them.
+
+    Those of a policy in all languages are left to calibration: its labels are enough to show them.
+    """
+    if not (config.tau and config.by_language):
+        return shifts
+    odds = log_odds(config, counts)
+    return {
+        policy: {
+            language: shifts.get(policy, {}).get(language, 0.0) - float(odds[row, column])
+            for row, language in enumerate(counts.languages)
+        }
+        for column, policy in enumerate(counts.policies)
+    }
 
 
 def _rates(labeled: Predictions, rarity: Sequence[str]) -> dict[str, dict[str, tuple[float, float]]]:
