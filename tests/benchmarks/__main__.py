@@ -1,4 +1,5 @@
-"""All benchmarks: `python tests/benchmarks`, or one of them: `python tests/benchmarks/loading.py`."""
+"""All benchmarks: `python tests/benchmarks`, or one of them: `python tests/benchmarks/loading.py`. Apart from
+languages.py, which reads real posts for half an hour where they are there."""
 
 from __future__ import annotations
 
