@@ -203,7 +203,7 @@ def main(folder: Path, output: Path) -> None:
     ranks.on_first(lambda: write_files(folder))
     weights, told = reference(config_with_all_terms(folder, 0))
     found = {}
-    for stage in range(4):
+    for stage in range(4 if ranks.world_size > 1 else 1):
         for micro_batch_size in (POSTS, 2):
             config = config_with_all_terms(folder, stage, micro_batch_size=micro_batch_size)
             loop, results = trained(config, ranks)
