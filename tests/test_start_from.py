@@ -16,6 +16,7 @@ from rank_models import alone
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
+from crossguard.configs.schema.encoders import NORMALISERS
 from crossguard.configs.schema.heads import HeadConfig
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig, TaxonomyConfig
@@ -49,11 +50,14 @@ def with_scam(earlier: Config, name: str, start_from: Path, **train: object) -> 
     """The next job: one more policy, in front of the others, with a head of its own."""
     folder = Path(earlier.run_dir).parent
     heads = {"old": HeadConfig(["spam", "insult"]), "new": HeadConfig(["scam"])}
-    model = replace(MODEL, heads=heads, start_from=str(start_from))
     settings = {"freeze": [*TRUNK, "heads.old"], "cache_embeddings": True, "max_steps": 12, **train}
-    config = job(folder, name, model, **settings)
-    taxonomy = TaxonomyConfig(name="small", version="2", policies=[PolicyConfig(name="scam"), *POLICIES])
-    return replace(config, taxonomy=taxonomy, data=replace(config.data, shards=str(folder / "shards-2")))
+    config = job(folder, name, **settings)
+    return replace(
+        config,
+        taxonomy=TaxonomyConfig(name="small", version="2", policies=[PolicyConfig(name="scam"), *POLICIES]),
+        model=replace(MODEL, heads=heads, start_from=str(start_from)),
+        data=replace(config.data, shards=str(folder / "shards-2")),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,7 @@ def changed(**text: object) -> ModelConfig:
             changed(config={**MODEL.text.config, "num_attention_heads": 4}),
             r"model\.text\.config\.num_attention_heads was 2",
         ),
-        (changed(normaliser=2), r"model\.text\.normaliser was 0, is now 2"),
+        (changed(normaliser=NORMALISERS[-1]), r"model\.text\.normaliser was 0, is now \d"),
         (changed(prefix="query: "), r"model\.text\.prefix"),
         (replace(MODEL, fusion=replace(MODEL.fusion, kind="late")), r"'fusion\.\S*' is (absent|\[.*\]) there"),
     ],
