@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def outspoken(config: Config) -> Classifier:
     """A model whose scores differ from the first step on."""
     model = classifier(config)
     torch.manual_seed(5)
-    torch.nn.init.normal_(model.head.weight, std=0.3)
+    for parameter in model.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -112,9 +114,9 @@ def trained(config: Config, ranks: Ranks) -> tuple[Any, list[StepResult]]:
     loop.objective = open_objective(config, ranks, [SHARD], loop.state.group_weights)
     loop.engine.train()
     steps = range(1, len(STEPS) + 1)
-    batches = (mine(ranks, all_posts(step), config.train.micro_batch_size) for step in steps)
-    attached = beside(config).attached(batches, 1, ranks)
-    return loop, [loop.train_step(step, own) for step, own in zip(steps, attached, strict=True)]
+    batches = (mine(ranks, all_posts(step), config) for step in steps)
+    pairs = pairwise([*beside(config).attached(batches, 1, ranks), []])
+    return loop, [loop.train_step(step, *pair) for step, pair in zip(steps, pairs, strict=True)]
 
 
 def reference(config: Config) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

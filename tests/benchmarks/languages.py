@@ -164,14 +164,14 @@ def trained(
     for step in range(1, STEPS + 1):
         chosen = rows[order.rows(step)]
         batch = Batch([], languages[chosen].tolist(), none, none, none, none, none, none, none, labels[chosen])
-        of_step, _ = objective.of_step(objective.counts([batch]), torch.device("cpu"))
+        of_step = objective.of_step(objective.counts([batch]), torch.device("cpu"))
         total, means, _ = of_step(lambda _, chosen=chosen: head(inputs[chosen]), batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train, STEPS)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        of_step.learn(means[1:].tolist())
+        of_step.learn(means.tolist())
     with torch.inference_mode():
         found: np.ndarray = head.eval()(inputs).numpy()
     return found

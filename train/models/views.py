@@ -49,6 +49,9 @@ def with_views(batch: Batch, pad_id: int) -> Batch:
     def wide(part: Tensor, value: int = 0) -> Tensor:
         return F.pad(part, (0, longest - part.shape[1]), value=value)
 
+    starts = batch.ngram_starts
+    if batch.ngrams is not None and starts is not None:  # The further rows have none.
+        starts = F.pad(starts, (0, more), value=len(batch.ngrams))
     segments = None
     if any(own is not None for _, _, own, _ in texts):
         segments = torch.cat([wide(torch.zeros_like(ids) if own is None else own) for ids, _, own, _ in texts])
@@ -61,7 +64,7 @@ def with_views(batch: Batch, pad_id: int) -> Batch:
         text_mask=torch.cat([wide(mask) for _, mask, _, _ in texts]),
         segments=segments,
         has_text=torch.cat([present for *_, present in texts]),
-        ngram_starts=F.pad(batch.ngram_starts, (0, more), value=len(batch.ngrams)),
+        ngram_starts=starts,
         has_image=F.pad(batch.has_image, (0, more)),
         video=batch.video and replace(batch.video, present=F.pad(batch.video.present, (0, more))),
         audio=batch.audio and replace(batch.audio, present=F.pad(batch.audio.present, (0, more))),
