@@ -21,11 +21,12 @@ from crossguard.configs.schema.heads import HeadConfig
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig, TaxonomyConfig
 from crossguard.data.shards.build import build_shards
-from crossguard.train.checkpoint_folder import best_or_latest
+from crossguard.train.checkpoint_folder import best_or_latest, latest_checkpoint
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import load_bundle, write_bundle
 from crossguard.train.export.predict import predict
+from crossguard.train.stored_weights import load_weights
 from crossguard.train.training import run_training
 
 
@@ -50,7 +51,13 @@ def with_scam(earlier: Config, name: str, start_from: Path, **train: object) -> 
     """The next job: one more policy, in front of the others, with a head of its own."""
     folder = Path(earlier.run_dir).parent
     heads = {"old": HeadConfig(["spam", "insult"]), "new": HeadConfig(["scam"])}
-    settings = {"freeze": [*TRUNK, "heads.old"], "cache_embeddings": True, "max_steps": 12, **train}
+    settings = {
+        "freeze": [*TRUNK, "heads.old"],
+        "cache_embeddings": True,
+        "max_steps": 12,
+        "schedule_steps": 20,
+        **train,
+    }
     config = job(folder, name, **settings)
     return replace(
         config,
@@ -115,10 +122,14 @@ def test_runs_checkpoints_and_bundles_give_the_same_weights(
 
 def test_a_resume_reads_its_own_checkpoint(started: Config, capfd: pytest.CaptureFixture[str]) -> None:
     longer = replace(started, train=replace(started.train, max_steps=14))
-    before = weights_of(started)["heads.new.logits.weight"]
     run_training(replace(longer, model=replace(longer.model, start_from="/nowhere")), alone())
     assert "begins with" not in capfd.readouterr().err
-    assert not torch.equal(weights_of(started)["heads.new.logits.weight"], before)
+    newest = latest_checkpoint(Path(started.run_dir))
+    assert newest is not None
+    assert newest.name == "step-00000014"
+    weights, before = load_weights(newest), load_weights(newest.with_name("step-00000012"))
+    moved = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert moved == {"heads.new.logits.weight", "heads.new.logits.bias"}
 
 
 def changed(**text: object) -> ModelConfig:
