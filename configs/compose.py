@@ -112,6 +112,7 @@ def _check_model(config: Config) -> None:
         check_folders(encoder, f"model.{modality}")
         check_targets(encoder, modality)
     check_patterns(config.train.freeze, config.model)
+    check_patterns(config.train.lr_factors, config.model, "train.lr_factors")
 
 
 def _register(recipe_file: Path) -> None:

@@ -1,4 +1,5 @@
-"""Patterns of `train.freeze`, judged before a model is built: against the names that its parameters will have."""
+"""Patterns of `train.freeze` and `train.lr_factors`, judged before a model is built: against the names that its
+parameters will have."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ def freezes(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
+def check_patterns(patterns: Iterable[str], model: ModelConfig, key: str = "train.freeze") -> None:
     """Refuse a pattern that can match no parameter of the model.
 
     Numbers and single wildcards match any number here, and every name may follow `text.` where the encoder is the
@@ -33,18 +34,18 @@ def check_patterns(patterns: Iterable[str], model: ModelConfig) -> None:
         if not inside:
             open_ended.append(f"{modality}." if encoder.build else f"{modality}.encoder.")
     for pattern in patterns:
-        if not pattern.strip("*"):
+        if not pattern.strip("*") and key == "train.freeze":
             raise UserError(f"train.freeze: '{pattern}' freezes every parameter; leave at least one to train")
         loose = re.sub(r"\[[^]]*\]|\d+|\?", "*", pattern)
         start = re.split(r"[*?[]", pattern)[0]
         if any(prefix.startswith(start) or start.startswith(prefix) for prefix in open_ended):
             continue
         if not any(freezes(loose, name) for name in names):
-            raise no_match(pattern, [*names, *open_ended])
+            raise no_match(pattern, [*names, *open_ended], key)
 
 
-def no_match(pattern: str, names: Iterable[str]) -> UserError:
+def no_match(pattern: str, names: Iterable[str], key: str = "train.freeze") -> UserError:
     """The error of a pattern that matches no parameter; `names` are those of the parameters."""
     parts = [name.split(".") for name in names]
     below = {".".join(part[:depth]) + ".*" for part in parts for depth in range(1, len(part))}
-    return UserError(f"train.freeze: '{pattern}' matches no parameter; {did_you_mean(pattern, [*below, *names])}")
+    return UserError(f"{key}: '{pattern}' matches no parameter; {did_you_mean(pattern, [*below, *names])}")

@@ -37,6 +37,9 @@ MAY_CHANGE = (
     "recipe",
     "run_dir",
     "tracker",
+    # Files whose content is checked by hashes in the checkpoint.
+    "train.alignment.pairs",
+    "train.distill.predictions",
     "train.cache_embeddings",
     "train.compile",
     # Like another number of ranks, it changes how sums are rounded, and nothing else.

@@ -73,6 +73,7 @@ TRAIN = Stage(
         "train.schedule_steps",
         "train.grad_clip",
         "train.layer_decay",
+        "train.lr_factors",
         "train.freeze",
         "train.ema_decay",
         "train.precision",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import re
@@ -14,8 +15,10 @@ from typing import Any
 
 from crossguard.configs.schema.fusion import JOINT, KINDS, FusionConfig
 from crossguard.configs.schema.heads import HeadConfig
+from crossguard.configs.schema.ngrams import NgramsConfig
 from crossguard.data.taxonomy import Policy, Taxonomy
 
+BEHIND = ("text", "ngrams", "video", "audio")
 SNAPSHOT = Path(__file__).parent.parent / "configs" / "model" / "encoder_names.json"
 
 # The lists of transformers that name encoders of text, images, audio or video.
@@ -30,6 +33,8 @@ LISTS = (
 )
 # A derived or older setting is listed nowhere: the configuration's code takes it out of its arguments by name.
 TAKEN = re.compile(r"""kwargs(?:\.(?:pop|get|setdefault)\(\s*|\[)"(\w+)"|"(\w+)" in kwargs""")
+# Or the model's code does, with a default (DeBERTa's position_buckets).
+ASKED = re.compile(r"""getattr\(config, "(\w+)\"""")
 
 
 def installed_names() -> dict[str, Any]:
@@ -53,7 +58,7 @@ def installed_names() -> dict[str, Any]:
         "parameters": {name: _joined(names) for name, names in parameters.items()},
         "fusion_parameters": {kind: _joined(_fusion_parameters(kind)) for kind in (*KINDS, "bottleneck")},
         "head_parameters": _joined(_head_parameters()),
-        "modality_parameters": {name: _joined(_modality_parameters(name)) for name in ("text", "video", "audio")},
+        "modality_parameters": {name: _joined(_modality_parameters(name)) for name in BEHIND},
     }
 
 
@@ -75,6 +80,9 @@ def _settings(config: Any) -> set[str]:
     rotary = [config.convert_rope_params_to_dict] if hasattr(config, "rope_parameters") else []
     for code in (*own, *rotary, PreTrainedConfig.__post_init__):
         names |= {name for found in TAKEN.findall(inspect.getsource(code)) for name in found if name}
+    modeling = type(config).__module__.replace("configuration_", "modeling_")
+    if importlib.util.find_spec(modeling):
+        names |= set(ASKED.findall(inspect.getsource(importlib.import_module(modeling))))
     types = {field.name: _plain_types(field.type) for field in dataclasses.fields(config)}
     return {name + types.get(name, "") for name in names if not name.startswith("_")}
 
@@ -130,6 +138,7 @@ def _head_parameters() -> set[str]:
 def _modality_parameters(name: str) -> set[str]:
     """Names of what the classifier adds behind the tower of a modality."""
     from crossguard.train.models.audio import Hearing
+    from crossguard.train.models.ngrams import NgramTower
     from crossguard.train.models.segments import Segments
     from crossguard.train.models.video import FramePool
 
@@ -137,6 +146,7 @@ def _modality_parameters(name: str) -> set[str]:
         "text": ("segments", Segments(2, 4)),
         "video": ("frames", FramePool(4, 1)),
         "audio": ("hearing", Hearing(4)),
+        "ngrams": ("ngrams", NgramTower(NgramsConfig(buckets=4))),
     }
     attribute, part = parts[name]
     return {f"{attribute}.{name}" for name, _ in part.named_parameters()}

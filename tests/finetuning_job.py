@@ -28,7 +28,9 @@ from crossguard.train.guards import Guards
 from crossguard.train.loop import TrainLoop, TrainState
 from crossguard.train.models import Classifier, build_model
 from crossguard.train.models.activations import checkpoint_activations
-from crossguard.train.objectives import build_objective, known_labels
+from crossguard.train.objectives.labels import LabelLoss
+from crossguard.train.objectives.losses import build_loss
+from crossguard.train.objectives.objective import Objective
 from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
 from crossguard.train.ranks import Ranks
 from crossguard.train.throughput import Work
@@ -122,15 +124,15 @@ def classifier(config: Config) -> Classifier:
     return model
 
 
-def loop_of(config: Config, ranks: Ranks) -> TrainLoop:
+def loop_of(config: Config, ranks: Ranks, model: Classifier | None = None) -> TrainLoop:
     """The real loop around a fresh engine."""
     size, _ = micro_batches(POSTS, ranks.world_size, config.train.micro_batch_size)
-    engine = Engine(classifier(config), config, ranks, size)
+    engine = Engine(model or classifier(config), config, ranks, size)
     nothing: Any = None
     refusals: Any = NoRefusals()
     log: Any = NoLog()
     state = TrainState(step=0, schedule_steps=len(STEPS))
-    objective = build_objective(config.train.loss)
+    objective = Objective(LabelLoss(build_loss(config.train.loss), len(config.taxonomy.policies)))
     return TrainLoop(
         config,
         engine,
@@ -172,7 +174,7 @@ def reference(config: Config) -> tuple[list[dict[str, torch.Tensor]], list[float
     freeze(model, config.train.freeze)
     optimizer, objective = (
         build_optimizer(model, replace(config.train, ema_decay=0.0)),
-        build_objective(config.train.loss),
+        build_loss(config.train.loss),
     )
     weights, losses = [copy_of(model)], []
     for step in range(1, len(STEPS) + 1):
@@ -180,7 +182,7 @@ def reference(config: Config) -> tuple[list[dict[str, torch.Tensor]], list[float
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train, len(STEPS)) * group["lr_scale"]
         optimizer.zero_grad()
-        loss = objective(model(batch), batch.labels).sum() / known_labels(batch.labels).sum()
+        loss = objective(model(batch), batch.labels).sum() / (~batch.labels.isnan()).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
         losses.append(float(loss.detach()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,18 +14,44 @@ import torch.distributed as dist
 from rank_models import TinyModel, batch_of_step, masked_sum, tiny_config
 from torch import nn
 
+from crossguard.configs.schema.ngrams import NgramsConfig
 from crossguard.train.engine import Engine
 from crossguard.train.fragments import WEIGHT, held_fragments
+from crossguard.train.models.ngrams import NgramTower
 from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
 from crossguard.train.ranks import Ranks, end_process, init_ranks
 
 STEPS = 4
 
 
-def reference(precision: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+class NgramModel(nn.Module):
+    """The tower of n-grams, texts of 0 to 7 of them: a table most of whose rows no rank meets in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.ngrams = NgramTower(NgramsConfig(buckets=60, width=9))
+        self.frozen = nn.Linear(1, 1)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        read = inputs > 0
+        starts = read.sum(1).cumsum(0) - read.sum(1)
+        logits: torch.Tensor = self.head(self.ngrams((inputs[read] * 20).int(), starts.int())[:, 0]).float()
+        return logits
+
+
+# Name of a case -> its model and its precision.
+CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "fp32": (TinyModel, "fp32"),
+    "bf16": (TinyModel, "bf16"),
+    "n-grams": (NgramModel, "fp32"),
+}
+
+
+def reference(model: nn.Module, precision: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Weights, losses and gradient norms of a bare loop on whole batches."""
     config = tiny_config()
-    model = TinyModel()
     freeze(model, config.train.freeze)
     optimizer = build_optimizer(model, config.train)
     losses, norms = [], []
@@ -61,10 +88,12 @@ def check_norms(engine: Engine) -> None:
     setattr(optimizer, name, checked)
 
 
-def trained(ranks: Ranks, stage: int, precision: str, micro_batches: int) -> tuple[Engine, list[float], list[float]]:
+def trained(
+    model: nn.Module, ranks: Ranks, stage: int, precision: str, micro_batches: int
+) -> tuple[Engine, list[float], list[float]]:
     """The same through the engine: this rank's slice of each batch, in micro-batches."""
     config = tiny_config(stage, precision)
-    engine = Engine(TinyModel(), config, ranks, 16 // ranks.world_size // micro_batches)
+    engine = Engine(model, config, ranks, 16 // ranks.world_size // micro_batches)
     if stage:
         check_norms(engine)
     losses, norms = [], []
@@ -96,12 +125,12 @@ def main(output: str) -> None:
     """Write, for each case, how far the engine is from the bare loop."""
     ranks = init_ranks()
     found = {}
-    for precision in ("fp32", "bf16"):
-        weights, losses, norms = reference(precision)
+    for name, (build, precision) in CASES.items():
+        weights, losses, norms = reference(build(), precision)
         for stage in range(4):
             for micro_batches in (1, 4):
-                engine, engine_losses, engine_norms = trained(ranks, stage, precision, micro_batches)
-                found[f"{precision} stage {stage} micro-batches {micro_batches}"] = {
+                engine, engine_losses, engine_norms = trained(build(), ranks, stage, precision, micro_batches)
+                found[f"{name} stage {stage} micro-batches {micro_batches}"] = {
                     "weights": max(ranks.gather(largest_difference(engine, weights))),
                     "losses": max(abs(a - b) for a, b in zip(losses, engine_losses, strict=True)),
                     "norms": max(abs(a - b) for a, b in zip(norms, engine_norms, strict=True)),

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from finetuning_job import (
-    KEY_BIASES,
     STAGES,
     apart,
     config_of,
@@ -41,12 +40,12 @@ from crossguard.train.fragments import averaged_weights
 from crossguard.train.ranks import Ranks, end_process, init_ranks
 from crossguard.train.stored_weights import load_weights
 
-# Those that are least alike in each stage; the default goes through all of them.
-FUSIONS = {
-    "late": (FusionConfig("late"), (0, 3)),
-    "gated": (FusionConfig("gated"), (1, 3)),
-    "cross": (FusionConfig("cross"), (2, 3)),
-    "bottleneck": (FusionConfig(layers=2, bottleneck=2), (2, 3)),
+# The stages of each, and what holds the bias of its keys; the default kind goes through all stages elsewhere.
+FUSIONS: dict[str, tuple[FusionConfig, tuple[int, ...], list[str]]] = {
+    "late": (FusionConfig("late"), (0, 3), []),
+    "gated": (FusionConfig("gated"), (1, 3), []),
+    "cross": (FusionConfig("cross"), (2, 3), ["fusion.*key_value.bias"]),
+    "bottleneck": (FusionConfig(layers=2, bottleneck=2), (2, 3), ["fusion.*qkv.bias"]),
 }
 
 
@@ -80,11 +79,10 @@ def fusions(ranks: Ranks, _: Path) -> dict[str, Any]:
     """The same in every kind of fusion, under two heads of which one's policy is a part of the other's."""
     policies = [PolicyConfig("spam"), PolicyConfig("insult", parent="spam")]
     found = {}
-    for name, (fusion, stages) in FUSIONS.items():
+    for name, (fusion, stages, biases) in FUSIONS.items():
         heads = {"main": HeadConfig(["spam"]), "insults": HeadConfig(["insult"], 0 if name == "late" else 3)}
         model = replace(model_config(), fusion=replace(fusion, width=16, heads=2), heads=heads)
-        freeze = [*KEY_BIASES, *(["fusion.*key_value.bias"] if fusion.kind == "cross" else [])]
-        configs = [config_of(stage, model, freeze=freeze) for stage in stages]
+        configs = [config_of(stage, model, freeze=["*key.bias", "*k_proj.bias", *biases]) for stage in stages]
         for config in configs:
             config.taxonomy = replace(config.taxonomy, policies=policies)
         weights, losses = reference(configs[0])

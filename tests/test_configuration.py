@@ -205,7 +205,7 @@ def test_each_mistake_is_one_line_with_the_place_and_the_remedy(
         ["train.freeze=[text,image,fusion,heads.main]", "train.cache_embeddings=true"],
         ["model.text.config.global_attn_every_n_layers=2", "model.text.config.pad_token_id=null"],
         # What a hub's encoder or one's own is called inside shows when it is there.
-        ["model=pretrained", "train.freeze=['text.encoder.anything.*']"],
+        ["model=siglip2_base", "train.freeze=['text.encoder.anything.*']"],
         ["model=inline", "model.modalities=[text]", "model.text.build=json:loads", "train.freeze=[text.anything]"],
         ["model=inline", "model.modalities=[text]", "model.text.config={model_type: qwen3, anything: 1}"],
         ["zero.deepspeed.zero_optimization.reduce_bucket_size=5e7", "zero.deepspeed.steps_per_print=9"],

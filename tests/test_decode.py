@@ -44,6 +44,17 @@ def test_decoding_agrees_with_pillow(kind: str) -> None:
     assert check_image(data) is None
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_middle_of_an_image_is_cropped(kind: str, turned: bool) -> None:
+    image = picture().transpose(Image.Transpose.ROTATE_90) if turned else picture()
+    data = encoded(image, kind)
+    fitted = ImageOps.fit(Image.open(io.BytesIO(data)), (SIZE, SIZE), Image.Resampling.BILINEAR)
+    cropped = decode_image(data, SIZE, "crop")
+    assert distance(cropped, np.asarray(fitted).transpose(2, 0, 1)) < 2
+    assert distance(cropped, decode_image(data, SIZE)) > 5
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "1"), ("PNG", "L"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "RGBA")],

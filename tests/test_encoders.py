@@ -275,6 +275,22 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "t5"])
+def test_a_token_may_be_what_several_layers_say_of_it(kind: str) -> None:
+    config = model_config(text=TEXTS[kind])
+    top, both = build(config), build(replace(config, text=replace(config.text, layers=[1, 2])))
+    assert both.text.width == 2 * top.text.width
+    assert both.fusion.project["text"].linear.in_features == both.text.width
+    both.text.encoder.load_state_dict(top.text.encoder.state_dict())
+    batch = batch_of(*POSTS)
+    mask = batch.text_mask | ~batch.has_text[:, None]
+    lower, upper = both.text(batch.input_ids, mask).chunk(2, dim=-1)
+    assert torch.equal(upper, top.text(batch.input_ids, mask))
+    assert not torch.allclose(lower, upper, atol=0.1)
+    with pytest.raises(UserError, match=r"model\.text\.layers=\[3\]: the encoder has 2 layers"):
+        build(replace(config, text=replace(config.text, layers=[3])))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_lower_layers_learn_more_slowly(kind: str) -> None:
     model = build(model_config(**({"text": TEXTS[kind]} if kind in TEXTS else {"image": IMAGES[kind]})))

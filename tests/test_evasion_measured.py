@@ -11,8 +11,8 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema import EvaluationConfig
 from crossguard.data.curation.attacks import FAMILIES, attack
 from crossguard.data.loading.sample import RawSample
-from crossguard.train.evaluation.conditions import Disguise
 from crossguard.train.evaluation.decisions import Decisions
+from crossguard.train.evaluation.disguise import Disguise
 from crossguard.train.evaluation.evasion import POINT, measure_evasion
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.thresholds import Threshold

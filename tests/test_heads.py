@@ -18,8 +18,8 @@ from tiny_models import POSTS, batch_of, model_config
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import BuildConfig, Config, TaxonomyConfig
 from crossguard.configs.schema.heads import HeadConfig, check_heads
+from crossguard.configs.schema.loss import LossConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
-from crossguard.configs.schema.train import LossConfig
 from crossguard.data.records import RecordError, parse_post
 from crossguard.data.shards.build import build_shards
 from crossguard.data.taxonomy import Taxonomy
@@ -32,9 +32,11 @@ from crossguard.train.export.bundle import load_bundle, write_bundle
 from crossguard.train.export.predict import predict
 from crossguard.train.models import build_model
 from crossguard.train.models.heads import Heads, both
-from crossguard.train.objectives import build_objective
+from crossguard.train.objectives.labels import LabelLoss
+from crossguard.train.objectives.losses import build_loss
+from crossguard.train.objectives.objective import Objective
+from crossguard.train.objectives.severity import Severity
 from crossguard.train.optimizer import freeze
-from crossguard.train.severity_loss import with_severity
 from crossguard.train.tokenizers import ByteTokenizer
 
 # Children before and behind their parents, three generations, levels in between.
@@ -196,22 +198,26 @@ def test_every_policy_has_one_head(heads: dict[str, HeadConfig], message: str) -
 
 
 def test_unknown_levels_have_no_loss_and_known_ones_weigh_as_much_as_a_label() -> None:
-    objective = with_severity(build_objective(LossConfig()), TAXONOMY, LossConfig(severity_weight=0.5))
     severe = TAXONOMY.level_vector({"hate": 1.0}, {"hate": 2})
     assert np.array_equal(severe, np.array([1, 1, 0, np.nan, np.nan], np.float32), equal_nan=True)
     benign = TAXONOMY.level_vector({"spam": 0.0}, {})
     assert np.array_equal(benign, np.array([np.nan, np.nan, np.nan, 0, 0], np.float32), equal_nan=True)
     labels = torch.tensor(np.array([[np.nan, 1, 1, np.nan, *severe], [np.nan] * 3 + [0, *benign]], np.float32))
     logits = torch.full((2, 9), 2.0).masked_fill(labels.isnan(), float("inf")).requires_grad_()
-    loss = objective(logits, labels)
-    loss.sum().backward()
+    batch = replace(batch_of(*POSTS[:2]), labels=labels)
+    policies, severity = LabelLoss(build_loss(LossConfig()), 4), Severity(TAXONOMY, 0.5)
+    assert list(policies.counts(batch)) == list(severity.counts(batch)) == [3]
+    hit, miss = np.log1p(np.exp(-2)), np.log1p(np.exp(2))
+    [levels] = severity.sums({"logits": logits}, batch)
+    assert levels.item() == pytest.approx(hit / 3 + hit / 3 + miss / 3 + 2 * miss / 2)
+    of_step = Objective(policies, [severity]).of_step([3, 3], torch.device("cpu"))
+    loss, means, elements = of_step(lambda _: logits, batch)
+    assert elements.shape == (2, 4)
+    assert loss.item() == pytest.approx((elements.sum().item() + 0.5 * levels.item()) / 3)
+    assert set(of_step.numbers(means.tolist())) == {"loss", "loss.severity", "loss.total"}
+    loss.backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad == 0, labels.isnan())
-    hit, miss = np.log1p(np.exp(-2)), np.log1p(np.exp(2))
-    assert loss[0, 4:7].tolist() == pytest.approx([hit / 6, hit / 6, miss / 6])
-    assert loss[1, 7:].tolist() == pytest.approx([miss / 4, miss / 4])
-    plain = build_objective(LossConfig())
-    assert with_severity(plain, Taxonomy("t", "1", TAXONOMY.policies[:2]), LossConfig()) is plain
 
 
 def test_kappa_is_scikit_learn_s_and_its_interval_holds_it() -> None:

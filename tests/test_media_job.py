@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from evaluation_job import ALONE, make_config
 from media_posts import WHISPER
-from rank_jobs import alone
+from rank_models import alone
 from sklearn.metrics import roc_auc_score
 from tiny_models import BERT, VIT
 
@@ -31,6 +31,7 @@ from crossguard.configs.schema.fusion import FusionConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.configs.schema.video import VideoEncoderConfig
 from crossguard.data.curation.attacks import FAMILIES, TextAttacks
+from crossguard.data.curation.normalise import VERSION
 from crossguard.data.loading.encoded import EncodedSample
 from crossguard.data.loading.sample import RawSample
 from crossguard.data.shards.build import build_shards
@@ -197,7 +198,7 @@ def test_what_users_write_is_disguised_and_normalised_but_no_transcript() -> Non
     assert transcript == f"{words}|"
     first, second, _ = comments.split("|")
     assert len({caption.strip("|"), ocr.strip("|"), first, second, words}) == 5
-    normalising = PostEncoder(replace(MODEL, text=replace(text, normaliser=1)), taxonomy)
+    normalising = PostEncoder(replace(MODEL, text=replace(text, normaliser=VERSION)), taxonomy)
     disguised = raw(text="h.a.t.e", texts={"ocr": "h.a.t.e", "transcript": "h.a.t.e", "comments": ["h.a.t.e"]})
     assert said(normalising(disguised)) == ["|hate|", "hate|", "h.a.t.e|", "hate|"]
 

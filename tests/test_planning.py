@@ -25,6 +25,7 @@ from crossguard.configs.schema import Config, DataConfig, TaxonomyConfig, TrainC
 from crossguard.configs.schema.cluster import ClusterConfig
 from crossguard.configs.schema.fusion import FusionConfig
 from crossguard.configs.schema.heads import HeadConfig
+from crossguard.configs.schema.loss import ConsistencyConfig
 from crossguard.configs.schema.taxonomy import PolicyConfig
 from crossguard.recipes.planning import as_table, plan_job
 from crossguard.train.models import build_model
@@ -138,6 +139,15 @@ def test_another_batch_is_on_the_line_through_two() -> None:
     assert found.saved == pytest.approx(expected.saved, rel=0.01)
     assert found.activations == pytest.approx(expected.activations, rel=0.02)
     assert found.flops == pytest.approx(expected.flops, rel=1e-6)
+
+
+def test_a_second_view_doubles_the_pass_over_texts_alone() -> None:
+    def flops(modalities: list[str], weight: float) -> float:
+        config = config_of(model_config(modalities=modalities), consistency=ConsistencyConfig(weight))
+        return Shapes(config).trace(4).flops
+
+    assert flops(["text"], 1.0) == pytest.approx(2 * flops(["text"], 0.0))
+    assert flops(["text", "image"], 0.0) < flops(["text", "image"], 1.0) < 2 * flops(["text", "image"], 0.0)
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])

@@ -26,7 +26,7 @@ from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.encode import PostEncoder
-from crossguard.train.evaluation.conditions import Disguise
+from crossguard.train.evaluation.disguise import Disguise
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.stage import run_evaluation
@@ -104,9 +104,8 @@ def test_under_a_condition_posts_are_changed_before_they_are_encoded(config: Con
     plain, _ = score(config, "test", ALONE)
     raws = {raw.id: raw for raw in map(reader.read, rows.tolist())}
     samples = [encode(disguise(raws[post])) for post in changed.ids]
-    sizes = {"pad_id": encode.pad_id, "image_size": encode.image_size, "num_policies": encode.num_policies}
     with torch.no_grad():
-        expected = torch.sigmoid(model(collate(samples, **sizes)).double()).numpy()
+        expected = torch.sigmoid(model(collate(samples, **encode.layout)).double()).numpy()
     np.testing.assert_allclose(changed.scores, expected, atol=1e-6)
     assert (np.abs(changed.scores - plain.scores).max(axis=1) > 1e-3).mean() > 0.5
     assert changed.ids == plain.ids

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from media_posts import layout, media_config, media_post
 from rank_models import alone
 from rank_training import arguments, token_lengths, write_shards
 from test_planning import MODELS, config_of
@@ -202,6 +203,18 @@ def test_operations_of_text_alone() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
     assert PostFlops.of_model(config).of(batch) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_operations_of_videos_and_sound() -> None:
+    config = config_of(media_config())
+    model = build_model(config.model, TAXONOMY, load_tokenizer(config.model.text), 0)
+    flops = PostFlops.of_model(config)
+    full = batch_of(media_post(config.model, 1, 40, 2, 3, 100), **layout(config.model))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(full).sum().backward()
+    assert flops.of(full) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    without = batch_of(media_post(config.model, 1, 40, 2, 0, 0), **layout(config.model))
+    assert flops.of(without) < 0.8 * flops.of(full)
 
 
 def test_a_gpu_is_known_by_the_name_that_torch_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,6 +19,7 @@ from crossguard.data.curation.normalise import normalise
 from crossguard.data.loading.clips import Clip, sample_frames
 from crossguard.data.loading.decode import MediaError, decode_image
 from crossguard.data.loading.encoded import NO_POSITION, EncodedSample, Layout
+from crossguard.data.loading.ngrams import hashed_ngrams
 from crossguard.data.loading.sample import RawSample
 from crossguard.data.loading.sound import Hearing, decode_sound
 from crossguard.data.taxonomy import Taxonomy
@@ -42,6 +44,7 @@ class PostEncoder:
         taxonomy: Taxonomy,
         tokenizer: Tokenizer | None = None,
         attacks: TextAttacks | None = None,
+        disguises: TextAttacks | None = None,
     ):
         """
         Args:
@@ -49,14 +52,17 @@ class PostEncoder:
             taxonomy: gives the label vector its order.
             tokenizer: one that is loaded already (a bundle's); by default the one that `config` names.
             attacks: what is done to texts that are trained on.
+            disguises: the second view of such texts; by default they have none.
         """
-        self.attacks = attacks
+        self.attacks, self.disguises = attacks, disguises
         self.change: Callable[[RawSample], RawSample] | None = None
         self.taxonomy = taxonomy
         self.text = config.text
         self.fields = [name for name in FURTHER_TEXTS if name in config.text.fields]
         self.tokenizer = tokenizer or load_tokenizer(config.text)
         self.reads_text = "text" in config.modalities
+        self.ngrams = config.ngrams if "ngrams" in config.modalities else None
+        self.resize = config.image.resize
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.video = config.video if "video" in config.modalities else None
         self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
@@ -87,23 +93,36 @@ class PostEncoder:
             MediaError: an image, a video or a recording cannot be decoded.
         """
         raw = raw if self.change is None else self.change(raw)
-        parts = self._parts(raw, position)
+        input_ids, segments = self._written(raw, position, self.attacks)
+        disguised, disguised_segments = None, None
+        if self.disguises is not None and position != NO_POSITION:
+            disguised, disguised_segments = self._written(raw, position, self.disguises)
+            disguised = np.zeros(0, dtype=np.int32) if disguised is None else disguised
         return EncodedSample(
             id=raw.id,
             language=raw.language,
-            input_ids=np.array(list(itertools.chain(*parts)), dtype=np.int32) if parts else None,
-            images=[decode_image(data, self.layout["image_size"]) for data in raw.images[: self.max_images]],
+            input_ids=input_ids,
+            images=[
+                decode_image(data, self.layout["image_size"], self.resize) for data in raw.images[: self.max_images]
+            ],
             labels=self._labels(raw.post),
-            segments=np.repeat(np.arange(len(parts), dtype=np.uint8), list(map(len, parts)))
-            if parts and self.fields
-            else None,
+            segments=segments,
             clip=self._frames(raw),
             sound=self._sound(raw),
+            disguised=disguised,
+            disguised_segments=disguised_segments,
+            ngrams=self._hashed(raw, position),
         )
 
     def text_length(self, raw: RawSample) -> int:
         """Number of tokens of an encoded post; 0 without text."""
-        return sum(map(len, self._parts(raw, NO_POSITION)))
+        return sum(map(len, self._parts(raw, NO_POSITION, None)))
+
+    def tokens(self, text: str) -> np.ndarray:
+        """int32[L]: a text of no post, as the caption of one is read."""
+        tokens, _ = self._written(RawSample({}, text), NO_POSITION, None)
+        assert tokens is not None, "the model reads no text"
+        return tokens
 
     def _labels(self, post: Mapping[str, Any]) -> np.ndarray:
         labels = self.taxonomy.label_vector(post["labels"])
@@ -111,15 +130,25 @@ class PostEncoder:
             return labels
         return np.concatenate([labels, self.taxonomy.level_vector(post["labels"], post.get("severity", {}))])
 
-    def _parts(self, raw: RawSample, position: int) -> list[list[int]]:
+    def _written(
+        self, raw: RawSample, position: int, attacks: TextAttacks | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """int32[L] and uint8[L]: the tokens of all that is read, and the field of each where several are."""
+        parts = self._parts(raw, position, attacks)
+        if not parts:
+            return None, None
+        tokens = parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
+        return np.array(tokens, dtype=np.int32), _numbered(parts) if self.fields else None
+
+    def _parts(self, raw: RawSample, position: int, attacks: TextAttacks | None) -> list[list[int]]:
         """The tokens of the caption and of each further field that is read; empty where nothing is written in any.
 
         Every sequence begins as one of the encoder's own, with or without a caption.
         """
-        fields = [list(self._texts(raw, name, position)) for name in self.fields]
+        fields = [list(self._texts(raw, name, position, attacks)) for name in self.fields]
         if not self.reads_text or (raw.text is None and not any(fields)):
             return []
-        caption = "" if raw.text is None else self._plain("", raw.text, position)
+        caption = "" if raw.text is None else self._plain("", raw.text, position, attacks)
         parts = [self.tokenizer.encode(self.text.prefix + caption, self.text.max_length)]
         for name, texts in zip(self.fields, fields, strict=True):
             most, tokens = self.text.fields[name], list[int]()
@@ -127,19 +156,32 @@ class PostEncoder:
                 if len(tokens) < most:
                     tokens += self.tokenizer.encode_further(text, most - len(tokens))
             parts.append(tokens)
+        if self.text.fill:
+            parts[-1] += [self.tokenizer.pad_id] * (self.text.length - sum(map(len, parts)))
         return parts
 
-    def _texts(self, raw: RawSample, name: str, position: int) -> Iterator[str]:
+    def _hashed(self, raw: RawSample, position: int) -> np.ndarray | None:
+        """The n-grams of all that is written."""
+        if self.ngrams is None:
+            return None
+        texts = [] if raw.text is None else [self._plain("", raw.text, position, self.attacks)]
+        texts += [text for name in self.fields for text in self._texts(raw, name, position, self.attacks)]
+        if not texts:
+            return None
+        written = "\n".join(texts)[: self.ngrams.max_characters]
+        return hashed_ngrams(written, self.ngrams.min_n, self.ngrams.max_n, self.ngrams.buckets)
+
+    def _texts(self, raw: RawSample, name: str, position: int, attacks: TextAttacks | None) -> Iterator[str]:
         """What is written in a field, as it is tokenized."""
         value = raw.texts.get(name, [])
         for number, text in enumerate([value] if isinstance(value, str) else value):
-            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, position)
+            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, position, attacks)
 
-    def _plain(self, field: str, text: str, position: int) -> str:
+    def _plain(self, field: str, text: str, position: int, attacks: TextAttacks | None) -> str:
         """A text that a user has written: while training disguised now and then, and without disguise as far as the
         normaliser knows it."""
-        if self.attacks is not None and position != NO_POSITION:
-            text = self.attacks.apply(text, position, field)
+        if attacks is not None and position != NO_POSITION:
+            text = attacks.apply(text, position, field)
         return normalise(text) if self.text.normaliser else text
 
     def _frames(self, raw: RawSample) -> Clip | None:
@@ -165,12 +207,20 @@ class PostEncoder:
             "tokenizer": self.tokenizer.fingerprint if self.reads_text else None,
             "max_length": self.text.max_length,
             "fields": dict(self.text.fields),
+            "fill": self.text.fill,
             "prefix": self.text.prefix,
             "normaliser": self.text.normaliser,
+            "ngrams": dataclasses.asdict(self.ngrams) if self.ngrams else None,
             "image_size": self.layout["image_size"],
+            "resize": self.resize,
             "max_images": self.max_images,
             "video": [self.video.frames, self.video.sampling, self.layout["frame_size"]] if self.video else None,
             "audio": [config.audio.features, config.audio.mel_bins, config.audio.max_seconds] if self.hearing else None,
             "policies": self.taxonomy.columns,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _numbered(parts: list[list[int]]) -> np.ndarray:
+    """uint8, for each token the number of the part that it is in."""
+    return np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts])

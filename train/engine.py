@@ -56,9 +56,9 @@ class Engine:
         optimizer = self.deepspeed.optimizer
         self._tells_with_norm = self.stage > 0 and talk_once(optimizer, self.stage, self._talk, ranks.device)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The model's forward pass. Under ZeRO-3 every rank must call it equally often."""
-        return self.deepspeed(*inputs)
+        return self.deepspeed(*inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this rank's `loss` (a scalar) to those since the last step."""

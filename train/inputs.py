@@ -59,9 +59,13 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
     run_dir = Path(config.run_dir)
     taxonomy = Taxonomy.from_config(config.taxonomy)
     folders = ranks.on_first(lambda: _checked_folders(config, taxonomy, ranks))
-    attacks = config.train.attacks
-    disguise = TextAttacks(attacks.probability, tuple(attacks.families), config.seed) if attacks.probability else None
-    encode = PostEncoder(config.model, taxonomy, attacks=disguise)
+    attacks, families = config.train.attacks, tuple(config.train.attacks.families)
+    encode = PostEncoder(
+        config.model,
+        taxonomy,
+        attacks=TextAttacks(attacks.probability, families, str(config.seed)) if attacks.probability else None,
+        disguises=TextAttacks(1.0, families, f"{config.seed}/second") if config.train.consistency.weight else None,
+    )
 
     def plan(first_step: int, speak: bool = False) -> Planned:
         return plan_training(config, folders, run_dir, encode, first_step=first_step, speak=speak)

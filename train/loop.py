@@ -18,7 +18,8 @@ from crossguard.train import phases, preemption, watchdog
 from crossguard.train.engine import Engine
 from crossguard.train.guards import Guards
 from crossguard.train.micro_batch import MicroBatch
-from crossguard.train.objectives import Objective, known_labels
+from crossguard.train.objectives.objective import Objective
+from crossguard.train.objectives.term import LOSS
 from crossguard.train.optimizer import learning_rate
 from crossguard.train.refusals import Refusals
 from crossguard.train.step_log import StepLog
@@ -46,16 +47,21 @@ class TrainState:
     # The last losses, and whether the very last one leapt out of those before it.
     recent_losses: list[float] = field(default_factory=list)
     in_spike: bool = False
+    # Weights of the languages, where group DRO keeps them.
+    group_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One step over all ranks."""
 
+    # Of the labels.
     loss: float
     grad_norm: float
     lr: float
     work: Work
+    # What was minimised beside it, by name.
+    terms: dict[str, float] = field(default_factory=dict)
     # What was not finite, "loss" or "gradient", so that nothing was changed.
     skipped: str = ""
     # The loss leapt out of those before it.
@@ -68,7 +74,7 @@ class TrainLoop:
     Args:
         config: the recipe.
         engine: the model under DeepSpeed.
-        objective: logits and labels -> loss of each element.
+        objective: what is minimised.
         loader: yields, for each step, this rank's micro-batches.
         state: where to start; moves on.
         last_step: the last step to do.
@@ -133,7 +139,8 @@ class TrainLoop:
                 shown.advance(note=f"loss {result.loss:.4f}")
 
     def train_step(self, step: int, batches: list[Batch], following: list[Batch]) -> StepResult:
-        """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number.
+        """One optimizer step: the loss is the sum over the known labels of the global batch, divided by their number;
+        other terms have denominators of their own, counted over all ranks alike.
 
         So it depends neither on ranks nor on micro-batches. A batch without any known label has loss 0. Where loss or
         gradient is not finite, all ranks leave weights and moments as they are. The ranks talk once, about the loss of
@@ -144,35 +151,38 @@ class TrainLoop:
         if self._counts is None:  # No step before this one has asked.
             phases.enter(phases.WAITING)
             self._counts = ranks.sum(torch.tensor(self._count(batches), dtype=torch.float64)).tolist()
-        known, damaged, *work = self._counts
-        self.refusals.check(int(damaged))
+        damaged, posts, tokens, places, kiloflops, *counts = map(int, self._counts)
+        self.refusals.check(damaged)
+        objective = self.objective.of_step(counts, ranks.device)
         mine = self._count(following)
         batches = [batch.to(ranks.device) for batch in batches]
 
         losses: list[torch.Tensor] = []
-        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+        means = torch.zeros(len(counts), dtype=torch.float64, device=ranks.device)
         for batch in batches:
             phases.enter(phases.FORWARD)
-            elements = self.objective(engine(batch), batch.labels)
-            loss = elements.sum() / max(known, 1)
+            loss, part, elements = objective(engine, batch)
             phases.enter(phases.BACKWARD)
             engine.backward(loss)
-            total += loss.detach()
-            losses.append(elements.detach())
+            means += part
+            losses.append(elements)
 
         phases.enter(phases.WAITING)
-        told = torch.cat([total, total.new_tensor([preemption.asked(), *mine])])
-        grad_norm, (global_loss, asked, *counts) = engine.step(lr, told)
-        self._stop, self._counts = bool(asked), counts if following else None
-        skipped = self.guards.skipped(step, global_loss, grad_norm, batches, losses)
-        spike = self.guards.spikes(step, global_loss)
-        return StepResult(global_loss, grad_norm, lr, Work(*map(int, work)), skipped, spike)
+        told = torch.cat([objective.total(means)[None], means, means.new_tensor([preemption.asked(), *mine])])
+        grad_norm, (total, *of_all) = engine.step(lr, told)
+        asked, *coming = of_all[len(counts) :]
+        self._stop, self._counts = bool(asked), coming if following else None
+        skipped = self.guards.skipped(step, total, grad_norm, batches, losses)
+        spike = self.guards.spikes(step, total)
+        numbers = objective.numbers(of_all[: len(counts)])
+        if not skipped:
+            objective.learn(of_all[: len(counts)])
+        work = Work(posts, tokens, places, kiloflops)
+        return StepResult(numbers.pop(LOSS), grad_norm, lr, work, numbers, skipped, spike)
 
     def _count(self, batches: list[Batch]) -> list[int]:
-        """This rank's known labels, damaged samples and work in a step's batches, which are still on the host."""
-        policies = len(self.config.taxonomy.policies)
-        known = sum(int(known_labels(batch.labels[:, :policies])) for batch in batches)
-        return [known, self.refusals.take(), *self.log.work(batches).counts()]
+        """This rank's damaged samples, work and denominators of a step's batches, which are still on the host."""
+        return [self.refusals.take(), *self.log.work(batches).counts(), *self.objective.counts(batches)]
 
     def _evaluate_and_save(self, *, saved: bool = False) -> None:
         """After a step; or at the start, when the checkpoint (`saved`) of the step has been left without an evaluation.

@@ -42,8 +42,18 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the trainable parameters; each group carries `lr_scale`, its share of the rate."""
-    factors = layer_factors([name for name, _ in model.named_parameters()], train.layer_decay)
+    """AdamW (arXiv 1711.05101) over the trainable parameters; each group carries `lr_scale`, its share of the rate.
+
+    Raises:
+        UserError: a pattern of `train.lr_factors` matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    factors = layer_factors(names, train.layer_decay)
+    for pattern, factor in train.lr_factors.items():
+        matched = [name for name in names if freezes(pattern, name)]
+        if not matched:
+            raise no_match(pattern, names, "train.lr_factors")
+        factors |= dict.fromkeys(matched, factor)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

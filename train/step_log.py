@@ -74,6 +74,7 @@ class StepLog:
                 "split": TRAIN,
                 "step": step,
                 "loss": result.loss,
+                **result.terms,
                 "lr": result.lr,
                 "grad_norm": result.grad_norm,
                 **self._throughput.take(),

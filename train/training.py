@@ -30,13 +30,12 @@ from crossguard.train.inputs import Inputs, open_inputs
 from crossguard.train.loop import TrainLoop, TrainState, out_of_patience, state_from
 from crossguard.train.metrics_log import cut_after
 from crossguard.train.micro_batch import MicroBatch
-from crossguard.train.objectives import build_objective
+from crossguard.train.objectives.opening import Beside, open_objective
 from crossguard.train.profiling import profiling
 from crossguard.train.random_state import seed_rank
 from crossguard.train.ranks import Ranks
 from crossguard.train.refusals import Refusals
 from crossguard.train.run_lock import run_lock
-from crossguard.train.severity_loss import with_severity
 from crossguard.train.start_from import Earlier, start_from
 from crossguard.train.starting_model import starting_model
 from crossguard.train.step_log import StepLog
@@ -75,17 +74,19 @@ def run_training(config: Config, ranks: Ranks) -> None:
                 f"train: the learning rate stays at its end after step {state.schedule_steps} (train.schedule_steps of"
                 " the first start does not move on resume); to extend a schedule, set it before the first start"
             )
+        beside = Beside.open(config, ranks, inputs, saved.get("beside", {}) if saved else None)
         micro_batch = MicroBatch(config, ranks)
         engine = _open_engine(config, ranks, inputs, checkpoint, micro_batch)
         ranks.on_first(lambda: _open_run_dir(run_dir, config, state))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
-        _train(config, engine, inputs, state, last_step, tracker, micro_batch)
+        _train(config, engine, inputs, beside, state, last_step, tracker, micro_batch)
 
 
 def _train(
     config: Config,
     engine: Engine,
     inputs: Inputs,
+    beside: Beside,
     state: TrainState,
     last_step: int,
     tracker: Tracker,
@@ -98,7 +99,7 @@ def _train(
 
     def save(best: bool) -> None:
         refusals.agree()
-        saver.save(_about(config, inputs, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
+        saver.save(_about(config, inputs, beside, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     cache = _open_cache(config, engine, inputs)
     embeddings = None if cache is None else cache.of(inputs.reader)
@@ -120,8 +121,8 @@ def _train(
         TrainLoop(
             config,
             engine,
-            with_severity(build_objective(config.train.loss), inputs.encode.taxonomy, config.train.loss),
-            loader,
+            open_objective(config, ranks, inputs.reader.shards, state.group_weights),
+            beside.attached(loader, state.step + 1, ranks),
             state,
             last_step=last_step,
             log=log,
@@ -164,12 +165,13 @@ def _open_loader(
     )
 
 
-def _about(config: Config, inputs: Inputs, state: TrainState, tracker: Tracker) -> dict[str, Any]:
+def _about(config: Config, inputs: Inputs, beside: Beside, state: TrainState, tracker: Tracker) -> dict[str, Any]:
     """What a checkpoint says, beside weights and optimizer."""
     position = state.step * inputs.order.batch_size
     return asdict(state) | {
         "position": position,
         "order": inputs.order.state(inputs.reader.manifest_hash, position),
+        "beside": beside.files,
         "config": as_plain(config),
         "taxonomy": inputs.encode.taxonomy.to_json(),
         "tokenizer": inputs.encode.tokenizer.fingerprint,

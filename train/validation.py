@@ -67,14 +67,18 @@ def open_validation(
         value = engine.ranks.broadcast(flat(metrics).get(config.checkpoint.metric))
         if value is None:
             logger.warning("step %d: validation does not define %s", step, config.checkpoint.metric)
-            engine.ranks.say(
-                f"train: checkpoint.metric={config.checkpoint.metric} is not defined on the validation split at step "
-                f"{step} (fewer positives or negatives than evaluation.min_positives, or no such metric; see "
-                "metrics.jsonl); the last checkpoint stands in for the best one"
-            )
+            engine.ranks.say(_not_defined(config.checkpoint.metric, step))
         return value
 
     return validate
+
+
+def _not_defined(metric: str, step: int) -> str:
+    return (
+        f"train: checkpoint.metric={metric} is not defined on the validation split at step {step} (fewer positives or"
+        " negatives than evaluation.min_positives, or no such metric; see metrics.jsonl); the last checkpoint stands in"
+        " for the best one"
+    )
 
 
 def _once(on_refused: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:

@@ -72,6 +72,14 @@ class Config:
                 "train.compile: not with zero=3, whose gathering of weights breaks the compiled code to pieces;"
                 " use zero=2, or train.compile=false"
             )
+        for name, on in (("alignment", self.train.alignment.pairs), ("consistency", self.train.consistency.weight)):
+            if on and "text" not in self.model.modalities:
+                raise UserError(f"train.{name}: is about texts, which the model does not read (model.modalities)")
+        if self.train.consistency.weight and "ngrams" in self.model.modalities:
+            raise UserError(
+                "train.consistency: not with the modality ngrams, which would see through every disguise: they are read"
+                " of the text as it is"
+            )
         if not self.data.has_posts and not self.data.shards:
             raise UserError(
                 f"data.path: not set; recipe '{self.recipe}' needs data.path=FILE_OR_FOLDER of posts"

@@ -8,7 +8,9 @@ from typing import Any
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.checks import at_least, one_of, within
 
-POOLINGS = ("mean", "first")
+TEXT_POOLINGS = ("mean", "first", "last")
+IMAGE_POOLINGS = ("mean", "first", "pooler")
+RESIZES = ("stretch", "crop")
 # None, and the version that data/curation/normalise.py has.
 NORMALISERS = (0, 2)
 # The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
@@ -83,21 +85,30 @@ class TextEncoderConfig(EncoderConfig):
     # What else is read, behind the caption, and how many tokens are kept of it: any of ocr (text on screen), transcript
     # (of spoken words) and comments, e.g. {ocr: 64, comments: 128}.
     fields: dict[str, int] = field(default_factory=dict)
+    # Fill every text up to as many tokens as there may be with padding that the encoder reads like words, as SigLIP was
+    # trained.
+    fill: bool = False
     # Put in front of every text, for encoders that were trained with one (e5: "query: ").
     prefix: str = ""
+    # Layers of the encoder whose outputs, side by side, are what it says of a token (1 is the lowest, arXiv
+    # 1802.05365); by default the top one alone. Of a frozen encoder, middle layers carry over better between languages.
+    layers: list[int] = field(default_factory=list)
     # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
     # 0 reads texts as they are.
     normaliser: int = 0
-    # How tokens become the encoder's summary: mean over the text, or the first token.
+    # How tokens become the encoder's summary: mean over the text, the first token (BERT's [CLS]), or the last one (of
+    # encoders that read from left to right, such as CLIP's).
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
         self.check_encoder("model.text")
         at_least("model.text.max_length", self.max_length, 4)
+        for layer in self.layers:
+            at_least("model.text.layers", layer, 1)
         for name, tokens in self.fields.items():
             one_of("model.text.fields", name, FURTHER_TEXTS)
             at_least(f"model.text.fields.{name}", tokens, 2)
-        one_of("model.text.pooling", self.pooling, POOLINGS)
+        one_of("model.text.pooling", self.pooling, TEXT_POOLINGS)
         if self.normaliser not in NORMALISERS:
             raise UserError(f"model.text.normaliser={self.normaliser}: one of {', '.join(map(str, NORMALISERS))}")
 
@@ -160,9 +171,17 @@ class ImageEncoderConfig(PixelEncoderConfig):
 
     # Images looked at in a post that has several.
     max_images: int = 1
+    # How an image becomes a square: stretch it whole, or crop its middle (as CLIP and DINOv2 were trained); both are
+    # scaled with antialiased bilinear interpolation.
+    resize: str = "stretch"
+    # How tokens become an image's summary: mean over them, the first token ([CLS] of CLIP and DINOv2), or what the
+    # encoder's own pooler makes of them (SigLIP's attention head).
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         self.check_pixels("model.image")
+        one_of("model.image.resize", self.resize, RESIZES)
+        one_of("model.image.pooling", self.pooling, IMAGE_POOLINGS)
         at_least("model.image.max_images", self.max_images, 1)
 
     def check_sizes(self) -> None:

@@ -15,17 +15,21 @@ from crossguard.configs.schema.encoders import (
 )
 from crossguard.configs.schema.fusion import LATE, FusionConfig
 from crossguard.configs.schema.heads import HeadConfig
+from crossguard.configs.schema.ngrams import NgramsConfig
 from crossguard.configs.schema.video import VideoEncoderConfig
 
-MODALITIES = ("text", "image", "video", "audio")
+# Those that an encoder reads.
+ENCODED = ("text", "image", "video", "audio")
+# `ngrams` reads the same text as `text`, alone or beside it.
+MODALITIES = ("text", "ngrams", "image", "video", "audio")
 
 
 @dataclass
 class ModelConfig:
     """What is trained."""
 
-    # The modalities that the model looks at, of text, image, video and audio; others are ignored even where a post has
-    # them.
+    # The modalities that the model looks at, of text, ngrams (character n-grams of the same text), image, video and
+    # audio; others are ignored even where a post has them.
     modalities: list[str] = field(default_factory=lambda: ["text", "image"])
     # Begin with the weights of an earlier run: its run directory, one of its checkpoints, or a bundle. Encoders and
     # fusion must be the same; of the heads the policies that both have are taken.
@@ -35,6 +39,8 @@ class ModelConfig:
     modality_dropout: float = 0.0
     # The text encoder.
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    # The tower of character n-grams, for few labels or without a GPU; alone, or beside the text encoder.
+    ngrams: NgramsConfig = field(default_factory=NgramsConfig)
     # The image encoder.
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     # The encoder of videos' frames; one that is not described is the image encoder, whose weights they share.
@@ -86,7 +92,7 @@ class ModelConfig:
     @property
     def encoders(self) -> dict[str, EncoderConfig]:
         """Modality -> what describes its encoder; frames that the image encoder looks at have none of their own."""
-        every = {name: getattr(self, name) for name in MODALITIES if name in self.modalities}
+        every = {name: getattr(self, name) for name in ENCODED if name in self.modalities}
         if "video" in every:
             every["video"] = self.frame_encoder
         if self.shares_image_encoder:

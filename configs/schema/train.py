@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.checks import at_least, one_of, within
+from crossguard.configs.schema.checks import above, at_least, one_of, within
+from crossguard.configs.schema.loss import AlignmentConfig, ConsistencyConfig, DistillConfig, LossConfig
 
-LOSSES = ("bce", "focal", "asymmetric")
 PRECISIONS = ("fp32", "bf16")
 # What data/curation/attacks.py can do to a text.
 ATTACKS = (
@@ -20,33 +20,6 @@ ATTACKS = (
     "compatibility_forms",
     "swaps",
 )
-
-
-@dataclass
-class LossConfig:
-    """A masked loss: unknown labels take no part in it."""
-
-    # bce, focal (arXiv 1708.02002), asymmetric (arXiv 2009.14119), or `module:function` of your own.
-    name: str = "bce"
-    # Focusing exponent of the focal loss.
-    gamma: float = 2.0
-    # Weight of positives in the focal loss; benign labels weigh one minus it. By default both weigh 1.
-    alpha: float | None = None
-    # Focusing exponent of the asymmetric loss for positives.
-    gamma_positive: float = 0.0
-    # Focusing exponent of the asymmetric loss for negatives.
-    gamma_negative: float = 4.0
-    # Probability margin below which the asymmetric loss ignores negatives.
-    margin: float = 0.05
-    # What the levels of a policy's severity weigh together, where its label weighs 1.
-    severity_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        one_of("train.loss.name", self.name, LOSSES, or_own=True)
-        within("train.loss.alpha", self.alpha, 0, 1)
-        within("train.loss.margin", self.margin, 0, 1)
-        for name in ("gamma", "gamma_positive", "gamma_negative", "severity_weight"):
-            at_least(f"train.loss.{name}", getattr(self, name), 0)
 
 
 @dataclass
@@ -95,6 +68,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     # Each encoder layer below the top learns at this factor of the one above it; 1 is off.
     layer_decay: float = 1.0
+    # Pattern of names, as in `freeze` -> the factor of `lr` there, e.g. {heads: 10}, whatever layer_decay says; where
+    # several match, the last one counts.
+    lr_factors: dict[str, float] = field(default_factory=dict)
     # Parameters and modules whose names match one of these patterns (fnmatch) are not trained: "text.*embeddings*", or
     # text, image and fusion, which leaves the head. An encoder of which nothing is trained works without dropout.
     freeze: list[str] = field(default_factory=list)
@@ -117,6 +93,12 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     # Training against evasion.
     attacks: TextAttacksConfig = field(default_factory=TextAttacksConfig)
+    # The same scores for disguised texts.
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    # A teacher.
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    # Translations.
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     # Processes that read and decode for each rank; 0 reads in the training process. They never change the order.
     num_workers: int = 1
     # Log a line every this many steps.
@@ -156,6 +138,8 @@ class TrainConfig:
         within("train.max_refused", self.max_refused, 0, 1)
         within("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         within("train.layer_decay", self.layer_decay, 0, 1)
+        for pattern, factor in self.lr_factors.items():
+            above(f"train.lr_factors.{pattern}", factor, 0)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay={self.ema_decay}: a number in [0, 1)")
         one_of("train.precision", self.precision, PRECISIONS)
@@ -169,6 +153,11 @@ class TrainConfig:
             raise UserError(
                 "train.cache_embeddings=true: not with train.attacks.probability above 0, which shows the encoders"
                 " another text each time"
+            )
+        if self.cache_embeddings and (self.consistency.weight or self.alignment.pairs is not None):
+            raise UserError(
+                "train.cache_embeddings=true: not with train.consistency or train.alignment, which show the encoders"
+                " more than the posts"
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas={self.betas}: two numbers in [0, 1)")

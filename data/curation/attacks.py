@@ -98,7 +98,8 @@ class TextAttacks:
     probability: float
     # Names of FAMILIES, one of which is drawn for each text.
     families: tuple[str, ...]
-    seed: int
+    # What is drawn follows from it and the position.
+    seed: str
 
     def apply(self, text: str, position: int, field: str = "") -> str:
         """The text, or its disguise: a function of the seed, the position in the sample order and the name of the

@@ -63,6 +63,9 @@ class Batch:
     text_mask: Tensor
     # bool[B]
     has_text: Tensor
+    # int32[K]: the texts' hashed character n-grams one after the other, and int32[B]: where each text's begin.
+    ngrams: Tensor
+    ngram_starts: Tensor
     # uint8[N, 3, S, S], N ≥ 1; one black image when no post has any. Channels lie last in memory.
     pixels: Tensor
     # int64[N]: the post (0 … B-1) each image belongs to; -1 for the black one.
@@ -79,6 +82,16 @@ class Batch:
     audio: Sound | None = None
     # What a model's frozen part says of the posts, where that stands in for texts and media.
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    # int64[B, L] and bool[B, L]: the texts in disguise, where training compares them; no True where there is no text.
+    disguised_ids: Tensor | None = None
+    disguised_mask: Tensor | None = None
+    # int64[B, L]: the same of the disguises as `segments`.
+    disguised_segments: Tensor | None = None
+    # int64[2·N, L] and bool[2·N, L]: N texts and their translations, where training aligns them; of no post.
+    pair_ids: Tensor | None = None
+    pair_mask: Tensor | None = None
+    # float32[B, P] in [0, 1]: a teacher's scores; NaN where it gave none.
+    teacher: Tensor | None = None
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> Batch:

@@ -33,8 +33,8 @@ class MediaError(Exception):
     """An image that cannot be decoded; the message is the reason and holds nothing of its content."""
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decode an image and stretch it to a square by antialiased bilinear resampling.
+def decode_image(data: bytes, size: int, resize: str = "stretch") -> np.ndarray:
+    """Decode an image and make it a square by antialiased bilinear resampling.
 
     The image is turned as its EXIF orientation says, since that is how people see it. Transparency is laid over white;
     of an animation the first frame is taken.
@@ -42,6 +42,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     Args:
         data: the file's bytes.
         size: side S of the result in pixels.
+        resize: "stretch" the whole image, or "crop" its middle: the largest square there.
 
     Returns:
         uint8[3, S, S], RGB; a view of [S, S, 3], not contiguous: collating copies it into place.
@@ -50,7 +51,8 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
         MediaError: truncated, damaged, of another format, or too large.
     """
     pixels = _decode_jpeg(data, size) if data.startswith(JPEG_MAGIC) else _decode_with_pillow(data)
-    return _oriented(_resized(pixels, size), _orientation(data)).transpose(2, 0, 1)
+    square = _resized(pixels, size, crop=resize == "crop")
+    return _oriented(square, _orientation(data)).transpose(2, 0, 1)
 
 
 def check_image(data: bytes) -> str | None:
@@ -108,14 +110,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resized(pixels: np.ndarray | Image.Image, size: int) -> np.ndarray:
+def _resized(pixels: np.ndarray | Image.Image, size: int, crop: bool) -> np.ndarray:
     """uint8[S, S, 3]. What libjpeg has scaled to the size already is not touched again."""
     if isinstance(pixels, np.ndarray):
         if pixels.shape[:2] == (size, size):
             return pixels
         pixels = Image.fromarray(pixels)
+    width, height = pixels.size
+    beside = max(width - height, 0) / 2 if crop else 0
+    above = max(height - width, 0) / 2 if crop else 0
+    box = (beside, above, width - beside, height - above)
     # A reducing gap of 2 shrinks very large images by whole factors first, at the same quality to the eye.
-    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
 
 
 def _orientation(data: bytes) -> int:

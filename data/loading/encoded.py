@@ -39,6 +39,12 @@ class EncodedSample:
     clip: Clip | None = None
     # float32[T], a waveform, or float32[bins, T], a spectrogram that ends in silence; None when nothing can be heard.
     sound: np.ndarray | None = None
+    # int32[L]: what is written, in a disguise, L = 0 where there is nothing; None where nobody asks for it.
+    disguised: np.ndarray | None = None
+    # uint8[L]: the same of it as `segments`.
+    disguised_segments: np.ndarray | None = None
+    # int32[K]: hashed character n-grams of what is written, K ≥ 0; None when nothing is or they are not read.
+    ngrams: np.ndarray | None = None
 
 
 class Layout(TypedDict):
@@ -94,27 +100,33 @@ def stack(
         frame_size: side of videos' frames, for a batch that has none; None where videos are not looked at.
         silence: for a batch without sound; None where nothing is listened to.
     """
-    input_ids, text_mask = _pad_texts(samples, pad_id)
+    input_ids, text_mask = pad_texts([sample.input_ids for sample in samples], pad_id)
     images = [(row, image.transpose(1, 2, 0)) for row, sample in enumerate(samples) for image in sample.images]
     images = images or [(NO_POST, _black(image_size))]
     labels = np.stack([sample.labels for sample in samples]).astype(np.float32, copy=False)
     if labels.shape != (len(samples), num_policies):
         raise ValueError(f"labels have shape {labels.shape[1:]}, the taxonomy has {num_policies} policies")
-    return {
+    arrays = {
         "ids": [sample.id for sample in samples],
         "languages": [sample.language for sample in samples],
         "positions": np.array([sample.position for sample in samples], dtype=np.int64),
         "input_ids": input_ids,
         "text_mask": text_mask,
-        "has_text": np.array([sample.input_ids is not None for sample in samples]),
+        "has_text": np.array([sample.input_ids is not None or sample.ngrams is not None for sample in samples]),
+        **_join_ngrams(samples),
         "pixels": [image for _, image in images],
         "image_post": np.array([row for row, _ in images], dtype=np.int64),
         "has_image": np.array([bool(sample.images) for sample in samples]),
         "labels": labels,
-        "segments": _pad_segments(samples, input_ids.shape),
+        "segments": _pad_segments([sample.segments for sample in samples], input_ids.shape),
         "video": None if frame_size is None else _stack_frames(samples, frame_size),
         "audio": None if silence is None else _stack_sound(samples, silence),
     }
+    if samples[0].disguised is not None:  # Then all have one.
+        ids, mask = pad_texts([sample.disguised for sample in samples], pad_id)
+        segments = _pad_segments([sample.disguised_segments for sample in samples], ids.shape)
+        arrays |= {"disguised_ids": ids, "disguised_mask": mask, "disguised_segments": segments}
+    return arrays
 
 
 def _black(size: int) -> np.ndarray:
@@ -149,18 +161,26 @@ def _stack_sound(samples: Sequence[EncodedSample], silence: np.ndarray) -> dict[
     }
 
 
-def _pad_segments(samples: Sequence[EncodedSample], shape: tuple[int, ...]) -> np.ndarray | None:
-    if all(sample.segments is None for sample in samples):
+def _pad_segments(every: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray | None:
+    if all(segments is None for segments in every):
         return None
-    segments = np.zeros(shape, dtype=np.int64)
-    for row, sample in enumerate(samples):
-        if sample.segments is not None:
-            segments[row, : len(sample.segments)] = sample.segments
-    return segments
+    padded = np.zeros(shape, dtype=np.int64)
+    for row, segments in enumerate(every):
+        if segments is not None:
+            padded[row, : len(segments)] = segments
+    return padded
 
 
-def _pad_texts(samples: Sequence[EncodedSample], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    texts = [sample.input_ids for sample in samples]
+def _join_ngrams(samples: Sequence[EncodedSample]) -> dict[str, np.ndarray]:
+    nothing = np.zeros(0, dtype=np.int32)
+    bags = [nothing if sample.ngrams is None else sample.ngrams for sample in samples]
+    ends = np.cumsum([len(bag) for bag in bags], dtype=np.int32)
+    return {"ngrams": np.concatenate(bags), "ngram_starts": np.concatenate([[0], ends[:-1]]).astype(np.int32)}
+
+
+def pad_texts(texts: Sequence[np.ndarray | None], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay token ids side by side: int64[N, L], filled up with the pad id, and bool[N, L], True where there is a token;
+    L ≥ 1."""
     longest = max([1, *(len(text) for text in texts if text is not None)])
     input_ids = np.full((len(texts), longest), pad_id, dtype=np.int64)
     text_mask = np.zeros((len(texts), longest), dtype=bool)

@@ -15,7 +15,7 @@ from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import write_atomic
 from crossguard.data.taxonomy import Taxonomy
 
-FORMAT = 3
+FORMAT = 4
 FILE_NAME = "manifest.json"
 VERSIONS_FOLDER = "manifests"  # of earlier manifests, by their hashes
 
@@ -30,6 +30,7 @@ class ShardInfo:
     sha256: str
     index_sha256: str
     strata: dict[str, int]  # samples of each stratum
+    labels: dict[str, list[float]]  # of each "<language>/<policy>": the known labels, and their sum
 
     @property
     def split(self) -> str:

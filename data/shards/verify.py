@@ -22,6 +22,7 @@ from crossguard.data.shards.executor import Processes
 from crossguard.data.shards.files import descriptor_sha256
 from crossguard.data.shards.folder import has_manifest, read_manifest
 from crossguard.data.shards.index import AUDIO, IMAGE, INDEX_DTYPE, TEXT, VIDEO, encode_index, hex_keys, read_index
+from crossguard.data.shards.labels import LabelSums
 from crossguard.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, version_name
 from crossguard.data.shards.media import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from crossguard.data.shards.members import END_OF_TAR, TEXTS, Header, read_header
@@ -164,7 +165,8 @@ def _check_files(task: ShardTask, folder: Path) -> list[Damage]:
     if not tar_whole:
         return [Damage(shard.path, "", "damaged"), Damage(shard.index_path, "", "damaged")]
     found = []
-    expected, wrong = _rows_of(task, tar)
+    labels = LabelSums()
+    expected, wrong = _rows_of(task, tar, labels)
     if wrong:
         found.append(wrong)
     elif encode_index(expected) != index:
@@ -173,6 +175,8 @@ def _check_files(task: ShardTask, folder: Path) -> list[Damage]:
         task.strata[number] for number in expected["stratum"].tolist()
     ):
         found.append(Damage(FILE_NAME, "", f"its counts of {shard.path} are not those of the index"))
+    elif shard.labels != labels.result():
+        found.append(Damage(FILE_NAME, "", f"its counts of labels of {shard.path} are not those of the tar"))
     if not index_whole and not any(damage.file == shard.index_path for damage in found):
         found.append(Damage(shard.index_path, "", "damaged"))
     return found
@@ -217,12 +221,12 @@ def _rows_start() -> int:
     return len(encode_index(np.zeros(0, INDEX_DTYPE)))
 
 
-def _rows_of(task: ShardTask, tar: memoryview) -> tuple[np.ndarray, Damage | None]:
-    """The index that follows from a tar, and what keeps the tar from being a shard."""
+def _rows_of(task: ShardTask, tar: memoryview, labels: LabelSums) -> tuple[np.ndarray, Damage | None]:
+    """The index that follows from a tar, and what keeps the tar from being a shard; adds up its labels."""
     rows, offset = [], 0
     while offset < len(tar) - len(END_OF_TAR):
         try:
-            row, offset = _row_at(task, tar, offset)
+            row, offset = _row_at(task, tar, offset, labels)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             # Only our own errors are sure not to quote the post.
             what = str(error) if type(error) is ValueError else type(error).__name__
@@ -234,7 +238,7 @@ def _rows_of(task: ShardTask, tar: memoryview) -> tuple[np.ndarray, Damage | Non
     return index[np.lexsort((index["key"], index["stratum"]))], None
 
 
-def _row_at(task: ShardTask, tar: memoryview, offset: int) -> tuple[tuple[int | bytes, ...], int]:
+def _row_at(task: ShardTask, tar: memoryview, offset: int, labels: LabelSums) -> tuple[tuple[int | bytes, ...], int]:
     """The index row of the sample at `offset`, and where the next one starts.
 
     Raises:
@@ -259,6 +263,7 @@ def _row_at(task: ShardTask, tar: memoryview, offset: int) -> tuple[tuple[int | 
         end = member.end
     expires_at = epoch_seconds(post["expires_at"]) if "expires_at" in post else 0
     stratum = task.strata.index(stratum_of(post["language"], post["labels"], task.rarity))
+    labels.add(post)
     digest = xxhash.xxh3_64_intdigest(tar[offset:end])
     values: dict[str, int | bytes] = {
         "key": bytes.fromhex(key.decode()),

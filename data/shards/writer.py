@@ -18,6 +18,7 @@ import xxhash
 from crossguard.data.records import canonical_json
 from crossguard.data.shards.files import atomic_file, write_atomic
 from crossguard.data.shards.index import INDEX_DTYPE, encode_index, hex_keys
+from crossguard.data.shards.labels import LabelSums
 from crossguard.data.shards.manifest import ShardInfo
 from crossguard.data.shards.media import (
     AUDIO_EXTENSIONS,
@@ -97,7 +98,9 @@ def write_shard(task: ShardTask) -> DoneShard:
         write_atomic(task.shards_dir / task.shard.index_path, encoded, build_dir)
         counts = Counter(index["stratum"].tolist())
         strata = {task.strata[number]: count for number, count in sorted(counts.items())}
-        info = ShardInfo(task.shard.path, size, len(index), sha256, hashlib.sha256(encoded).hexdigest(), strata)
+        index_sha256 = hashlib.sha256(encoded).hexdigest()
+        labels = reader.labels.result()
+        info = ShardInfo(task.shard.path, size, len(index), sha256, index_sha256, strata, labels)
     else:
         target.unlink()
     done = DoneShard(info, reader.refused)
@@ -132,7 +135,7 @@ def _write_tar(file: BinaryIO, rows: np.ndarray, reader: SampleReader) -> tuple[
 
 
 class SampleReader:
-    """Makes the tar members of a post; remembers which posts it refused.
+    """Makes the tar members of a post; counts the labels of those it makes, and remembers which posts it refused.
 
     Args:
         spool: the posts.
@@ -147,6 +150,7 @@ class SampleReader:
         self._decode = decode
         self._roots = [Path(root) for root in roots]
         self.refused: list[dict[str, str]] = []
+        self.labels = LabelSums()
 
     def sample(self, row: Any, key: str) -> bytes | None:
         """All members of a sample, headers and padding included; None if its media cannot be used."""
@@ -160,6 +164,7 @@ class SampleReader:
             except RefusedMedia as error:
                 self.refused.append({"id": media["id"], "place": place.decode(), "reason": str(error)})
                 return None
+        self.labels.add(json.loads(content))
         return b"".join(members)
 
     def _media(self, media: dict[str, Any]) -> list[tuple[str, bytes]]:

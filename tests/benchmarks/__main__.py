@@ -10,6 +10,7 @@ import fusions
 import lengths
 import loading
 import memory
+import multilingual
 import order
 import plan
 import pretrained
@@ -20,6 +21,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("WANDB_MODE", "offline")
-    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths, fusions)
+    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths, fusions, multilingual)
     reached = [benchmark.main() for benchmark in everything]
     sys.exit(not all(reached))

@@ -18,7 +18,7 @@ from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.engine import Engine
 from crossguard.train.models import build_model
 from crossguard.train.models.example import PostSize, example_batch
-from crossguard.train.objectives import build_objective
+from crossguard.train.objectives.losses import build_loss
 from crossguard.train.ranks import end_process, init_ranks
 from crossguard.train.tokenizers import load_tokenizer
 
@@ -51,12 +51,12 @@ def train(job: list[str]) -> None:
     model = build_model(config.model, taxonomy, load_tokenizer(config.model.text), config.seed)
     engine = Engine(model, config, ranks, micro_batch)
     engine.train()
-    objective = build_objective(config.train.loss)
+    loss_of = build_loss(config.train.loss)
     batch = example_batch(config.model, len(taxonomy.names), micro_batch, PostSize.largest(config.model))
     for _ in range(STEPS):
         for _ in range(accumulation):
             logits = engine(batch)
-            engine.backward(objective(logits, batch.labels).sum())
+            engine.backward(loss_of(logits, batch.labels).sum())
             del logits
         engine.step(1e-4)
     engine.close()

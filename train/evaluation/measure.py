@@ -18,7 +18,6 @@ from crossguard.data.shards.files import write_atomic
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.evaluation.compare import compare, read_run
-from crossguard.train.evaluation.conditions import DISGUISED, UnderConditions
 from crossguard.train.evaluation.dataset_card import dataset_card
 from crossguard.train.evaluation.decided import measure_actions, measure_calibration
 from crossguard.train.evaluation.decisions import Decisions, fit_decisions
@@ -50,16 +49,22 @@ class Posts:
     splits: list[str]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the run's own model (MODEL) and its ablations say of the posts."""
+
+    # Name -> split -> predictions.
+    scored: dict[str, Scored]
+    # Name -> family of attacks -> predictions on the split that is shown first.
+    disguised: dict[str, Scored]
+    # Of the run's own model: on the functional suite, if there is one.
+    suite: list[Predictions]
+    # Modalities -> its predictions from them alone, on the split that is shown first, if they were asked for.
+    subsets: dict[tuple[str, ...], Predictions]
+
+
 def measure(
-    run_dir: Path,
-    step: int,
-    config: Config,
-    posts: Posts,
-    scored: dict[str, Scored],
-    ablations: list[str],
-    suite: list[Predictions],
-    subsets: Mapping[tuple[str, ...], Predictions],
-    changed: Mapping[str, UnderConditions],
+    run_dir: Path, step: int, config: Config, posts: Posts, scores: Scores
 ) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
@@ -68,11 +73,7 @@ def measure(
         step: of the checkpoint that was scored.
         config: what to measure.
         posts: what was scored; references are fitted on its training split.
-        scored: name -> split -> predictions, of the run's own model (MODEL) and of its ablations.
-        ablations: their names.
-        suite: predictions on the functional suite, if there is one.
-        subsets: modalities -> predictions from them alone on the split that is shown first, if they were asked for.
-        changed: name -> predictions on the primary split under conditions, of the same models.
+        scores: the predictions.
 
     Returns:
         The content of metrics.json, and the report's plots by section.
@@ -80,21 +81,7 @@ def measure(
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
-    metrics = _figures(config, posts, scored, references, step)
-    if config.evaluation.attacks:
-        decisions = Decisions.from_json(metrics["decisions"]) if "decisions" in metrics else None
-        metrics["evasion"] = _evasion(scored[MODEL], changed[MODEL], decisions, config)
-    if suite:
-        validation = scored[MODEL].get(VALIDATION)
-        thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
-        metrics["suite"] = measure_suite(suite, Path(str(config.evaluation.suite)).name, thresholds)
-    if subsets:
-        metrics["modality_subsets"] = _subsets(config, scored[MODEL], subsets)
-    if ablations:
-        metrics["ablations"] = {name: _beside(scored[name], config) for name in ablations}
-        if config.evaluation.attacks:
-            for name, found in metrics["ablations"].items():
-                found["evasion"] = _evasion(scored[name], changed[name], None, config)
+    metrics = _figures(config, posts, scores, references, step) | _figures_beside(config, scores)
     if references:
         fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
         metrics["references"] = {
@@ -105,15 +92,13 @@ def measure(
     write_atomic(file, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
     card = dataset_card(config, posts.folder.manifest, metrics)
     write_atomic(file.with_name("dataset_card.md"), card.encode())
-    return metrics, write_report(
-        run_dir, Evaluated(config, posts.folder.manifest, metrics, scored | references, posts.readers)
-    )
+    every = scores.scored | references
+    return metrics, write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, every, posts.readers))
 
 
-def _figures(
-    config: Config, posts: Posts, scored: dict[str, Scored], references: dict[str, Scored], step: int
-) -> dict[str, Any]:
+def _figures(config: Config, posts: Posts, scores: Scores, references: dict[str, Scored], step: int) -> dict[str, Any]:
     """What is measured of the run's own model."""
+    scored = scores.scored
     metrics: dict[str, Any] = {
         "splits": _metrics(scored[MODEL], config, in_detail=True),
         "checkpoint": {"step": step},
@@ -128,7 +113,24 @@ def _figures(
         earlier = Path(config.evaluation.against)
         found = compare(scored[MODEL], read_run(earlier), config.evaluation)
         metrics["against"] = {"run": earlier.name, "margin": config.evaluation.margin, **found}
+    if config.evaluation.attacks:
+        metrics["evasion"] = _evasion(scored[MODEL], scores.disguised[MODEL], decisions, config)
+    if scores.suite:
+        validation = scored[MODEL].get(VALIDATION)
+        thresholds = {} if validation is None else best_thresholds(validation, config.evaluation.min_positives)
+        metrics["suite"] = measure_suite(scores.suite, Path(str(config.evaluation.suite)).name, thresholds)
+    if scores.subsets:
+        metrics["modality_subsets"] = _subsets(config, scored[MODEL], scores.subsets)
     return metrics
+
+
+def _figures_beside(config: Config, scores: Scores) -> dict[str, Any]:
+    """What is measured of the ablations."""
+    found = {name: _beside(scored, config) for name, scored in scores.scored.items() if name != MODEL}
+    if config.evaluation.attacks:
+        for name, measured in found.items():
+            measured["evasion"] = _evasion(scores.scored[name], scores.disguised[name], None, config)
+    return {"ablations": found} if found else {}
 
 
 def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
@@ -158,9 +160,9 @@ def _measure_routing(
         splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, config.evaluation)
 
 
-def _evasion(scored: Scored, changed: UnderConditions, decisions: Decisions | None, config: Config) -> dict[str, Any]:
+def _evasion(scored: Scored, disguised: Scored, decisions: Decisions | None, config: Config) -> dict[str, Any]:
     split = shown_split(scored)
-    return measure_evasion(scored, split, changed[DISGUISED], decisions, config.evaluation)
+    return measure_evasion(scored, split, disguised, decisions, config.evaluation)
 
 
 def _metrics(scored: Mapping[str, Predictions], config: Config, *, in_detail: bool = False) -> dict[str, Any]:

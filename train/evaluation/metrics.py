@@ -89,13 +89,16 @@ def evaluate_predictions(
             "all": cell(np.ones(len(known.labels), dtype=bool)),
             "by_language": _by_group(known.languages, cell),
         }
-        if policy in predictions.severity:
-            policies[policy]["severity"] = measure_severity(
-                predictions, policy, config.min_positives, intervals=in_detail
-            )
         if in_detail:
             policies[policy] |= _detail(known, cell, config.min_positives)
-    result: dict[str, Any] = {"policies": policies}
+    for policy in predictions.severity:
+        severity = measure_severity(predictions, policy, config.min_positives, intervals=in_detail)
+        policies[policy]["severity"] = severity
+    return {"policies": policies, **_means(policies, in_detail)}
+
+
+def _means(policies: Mapping[str, Any], in_detail: bool) -> dict[str, Any]:
+    """What stands beside the policies; a mean over nothing is absent."""
     means = {
         "macro": mean_of_cells(policy["all"] for policy in policies.values()),
         "macro_policy_language": mean_of_cells(
@@ -104,7 +107,7 @@ def evaluate_predictions(
     }
     if in_detail:
         means["worst"] = worst_groups(policies)
-    return result | {name: mean for name, mean in means.items() if mean}
+    return {name: mean for name, mean in means.items() if mean}
 
 
 def _detail(known: Known, cell: Callable[[np.ndarray], dict[str, Any]], min_positives: int) -> dict[str, Any]:

@@ -53,24 +53,16 @@ def score_split(
         batch_size: posts in a forward pass of a rank.
         num_workers: processes that read for each rank.
         on_refused: is told of every post that could not be read; those are left out.
-        title: what is being done, for the progress that rank 0 shows; nothing is shown without.
+        title: what rank 0 shows the progress of; nothing is shown without.
         embeddings: of the posts, where they stand in for what is in them.
 
     Raises:
         JobError: a score is not finite.
         Preempted: a rank was asked to stop; on all ranks.
     """
-    dealt = _deal(reader, rows, batch_size, ranks.world_size)
-    loader = EvalLoader(
-        reader,
-        dealt[ranks.rank],
-        encode,
-        batch_size,
-        num_workers=num_workers,
-        on_refused=on_refused,
-        embeddings=embeddings,
-    )
-    nothing = filler(encode, embeddings)
+    dealt, nothing = _deal(reader, rows, batch_size, ranks.world_size), filler(encode, embeddings)
+    options: dict[str, Any] = {"num_workers": num_workers, "on_refused": on_refused, "embeddings": embeddings}
+    loader = EvalLoader(reader, dealt[ranks.rank], encode, batch_size, **options)
     with (
         preemption.holding(),
         phases.resting_after(),
@@ -78,17 +70,15 @@ def score_split(
         progress(title, len(rows), "posts", speak=bool(title) and ranks.is_first) as shown,
     ):
         model.eval()
-        parts: list[Predictions] = []
+        parts = list[Predictions]()
         for count in _posts_of_passes(dealt, batch_size):
             phases.enter(phases.EVALUATION)
             parts += _score_next(model, encode, next(batches, None), nothing, ranks)
             shown.advance(count)
             _check_not_preempted(ranks.any(preemption.asked()))
-        everyone = ranks.gather((preemption.asked(), parts))
-        _check_not_preempted(any(asked for asked, _ in everyone))
-    predictions = Predictions.gather(encode.taxonomy.names, itertools.chain(*(scored for _, scored in everyone)))
-    _check_finite(predictions, reader.split)
-    return predictions
+        asked, scored = zip(*ranks.gather((preemption.asked(), parts)), strict=True)
+        _check_not_preempted(any(asked))
+    return _finite(Predictions.gather(encode.taxonomy.names, itertools.chain(*scored)), reader.split)
 
 
 def _score_next(
@@ -124,13 +114,14 @@ def _posts_of_passes(dealt: list[np.ndarray], batch_size: int) -> list[int]:
     return [sum(len(rows[start : start + batch_size]) for rows in dealt) for start in starts]
 
 
-def _check_finite(predictions: Predictions, split: str) -> None:
+def _finite(predictions: Predictions, split: str) -> Predictions:
     wrong = np.flatnonzero(~np.isfinite(predictions.scores).all(axis=1))
     if len(wrong):
         raise JobError(
             f"split {split}: the scores of {len(wrong)} posts are not finite, the first is "
             f"'{predictions.ids[wrong[0]]}'; the weights have diverged: train with a lower train.lr"
         )
+    return predictions
 
 
 def _predictions(taxonomy: Taxonomy, batch: Batch, logits: torch.Tensor) -> Predictions:

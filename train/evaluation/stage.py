@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from crossguard.train import watchdog
 from crossguard.train.checkpoint import best_valid
 from crossguard.train.checkpoint_folder import checkpoints_of, read_state, step_of
 from crossguard.train.encode import PostEncoder
-from crossguard.train.evaluation.conditions import UnderConditions, conditions_of
-from crossguard.train.evaluation.measure import MODEL, Posts, Scored, measure
+from crossguard.train.evaluation.disguise import Disguise
+from crossguard.train.evaluation.findings import in_words
+from crossguard.train.evaluation.measure import MODEL, Posts, Scored, Scores, measure
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
@@ -68,21 +68,24 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             suite = [model.score_suite(reader) for reader in cases]
             scored = {MODEL: model.score(posts, fields)}
             subsets = model.score_subsets(posts) if config.evaluation.modality_subsets else {}
-            changed = {MODEL: model.score_under_conditions(posts)}
-        ablations = ranks.on_first(
-            lambda: [path for name in config.ablations if checkpoints_of(path := run_dir / "ablations" / name)]
-        )
-        for folder in ablations:
+            disguised = {MODEL: model.score_disguised(posts)}
+        for folder in _trained_ablations(config, ranks):
             architecture = load_config(folder / "config.yaml").model
             ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
             scored[folder.name] = ablated.score(posts, fields)
-            changed[folder.name] = ablated.score_under_conditions(posts)
+            disguised[folder.name] = ablated.score_disguised(posts)
         if ranks.is_first:
-            names = [folder.name for folder in ablations]
-            found = measure(run_dir, step_of(checkpoint), config, posts, scored, names, suite, subsets, changed)
+            scores = Scores(scored, disguised, suite, subsets)
+            found = measure(run_dir, step_of(checkpoint), config, posts, scores)
             tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
             track_report(tracker, *found)
             tracker.close()
+
+
+def _trained_ablations(config: Config, ranks: Ranks) -> list[Path]:
+    """The run directories of those that have a checkpoint."""
+    folders = [Path(config.run_dir) / "ablations" / name for name in config.ablations]
+    return ranks.on_first(lambda: [folder for folder in folders if checkpoints_of(folder)])
 
 
 def _open_posts(config: Config, ranks: Ranks) -> Posts:
@@ -156,17 +159,17 @@ class Scorer:
         for names in kept:
             withheld = Withheld(self.model, set(every) - set(names))
             what = f"{split}, {' + '.join(names)} alone"
-            scored[names] = self._score(posts.readers[split], posts.rows[split], what, refused, withheld)
+            scored[names] = self._score(posts.readers[split], posts.rows[split], what, refused, model=withheld)
         return scored
 
-    def score_under_conditions(self, posts: Posts) -> UnderConditions:
-        """Predictions on the primary split once more for each condition; what cannot be read is named already."""
-        split, found = shown_split(posts.splits), defaultdict[str, Scored](dict)
-        for condition in conditions_of(self.config):
-            encode, what = self.encode.under(condition.change), f"{split}, {condition.kind}: {condition.name}"
-            predictions = self._score(posts.readers[split], posts.rows[split], what, [], encode=encode)
-            found[condition.kind][condition.name] = predictions
-        return found
+    def score_disguised(self, posts: Posts) -> Scored:
+        """Predictions on the test split (or the first) under each family of attacks."""
+        split, scored = shown_split(posts.splits), {}
+        refused: list[dict[str, Any]] = []  # Named already.
+        for family in self.config.evaluation.attacks:
+            encode, what = self.encode.under(Disguise(family, self.config.seed)), f"{split}, {in_words(family)}"
+            scored[family] = self._score(posts.readers[split], posts.rows[split], what, refused, encode=encode)
+        return scored
 
     def _score(
         self,

@@ -27,7 +27,7 @@ from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain, model_of
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.configs.schema.encoders import EncoderConfig, LoraConfig
-from crossguard.configs.schema.model import MODALITIES
+from crossguard.configs.schema.model import ENCODED
 from crossguard.data.shards.files import sync
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint import best_valid
@@ -150,13 +150,13 @@ def _self_contained(config: ModelConfig, model: Classifier) -> dict[str, Any]:
         for name, encoder in {**_every_encoder(config), "text": text}.items()
     }
     described = dataclasses.asdict(without_pretrained(dataclasses.replace(config, start_from=None, **plain), model))
-    for name in MODALITIES:
+    for name in ENCODED:
         described[name]["config"].pop("_name_or_path", None)  # may be a path of this machine
     return described
 
 
 def _every_encoder(config: ModelConfig) -> dict[str, EncoderConfig]:
-    return {name: getattr(config, name) for name in MODALITIES}
+    return {name: getattr(config, name) for name in ENCODED}
 
 
 def _lineage(checkpoint: Path) -> dict[str, str]:

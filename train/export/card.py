@@ -49,7 +49,7 @@ def model_card(config: Config, run_dir: Path, step: int) -> str:
         lines += [_row(policy, result["all"]) for policy, result in of_split["policies"].items()]
         lines += _severities(of_split)
         lines += ["", *_worst(of_split), _without_figures(of_split), ""]
-    lines += _subset_lines(metrics) + _threshold_lines(decisions) + _evasion_lines(metrics)
+    lines += _subset_lines(metrics) + _evasion_lines(metrics) + _threshold_lines(decisions)
     for kind in ("ablations", "references"):
         for name, other in metrics.get(kind, {}).items():
             macro = other.get("macro", {})

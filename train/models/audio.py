@@ -12,7 +12,6 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema.audio import LOG_MEL, SAMPLE_RATE, AudioEncoderConfig
 from crossguard.train.models.hugging_face import RANDOM, load_encoder, new_encoder
 from crossguard.train.models.pieces import AttentionPool, by_post
-from crossguard.train.models.tokens import Tokens
 from crossguard.train.models.tower import Tower, build_own_tower
 
 if TYPE_CHECKING:
@@ -80,13 +79,13 @@ class Hearing(torch.nn.Module):
         super().__init__()
         self.pool = AttentionPool(width)
 
-    def forward(self, heard: Tensor, mask: Tensor, post: Tensor, present: Tensor) -> Tokens:
-        """float[A, W, D], bool[A, W], int64[A] (-1 of no post) and bool[B] → B posts."""
-        num_posts, windows = len(present), heard.shape[1]
+    def forward(self, heard: Tensor, mask: Tensor, post: Tensor, num_posts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """float[A, W, D], bool[A, W] and int64[A], the post of each recording (-1: of none) → values, mask and summary
+        of the `Tokens` of B posts."""
         values, there = by_post(heard, post, num_posts, 1)
         row = torch.where(post < 0, num_posts, post)
-        tokens = mask.new_zeros(num_posts + 1, windows).index_put((row,), mask)[:num_posts] & there
-        return Tokens(values, tokens, self.pool(values, tokens), present)
+        tokens = mask.new_zeros(num_posts + 1, mask.shape[1]).index_put((row,), mask)[:num_posts] & there
+        return values, tokens, self.pool(values, tokens)
 
 
 def build_audio_tower(config: AudioEncoderConfig) -> Tower:

@@ -18,11 +18,13 @@ from crossguard.train.models.heads import Heads
 from crossguard.train.models.image import Normalise, build_image_tower
 from crossguard.train.models.lora import add_lora
 from crossguard.train.models.modality_dropout import drop_modalities
+from crossguard.train.models.ngrams import NgramTower
 from crossguard.train.models.pieces import by_post
 from crossguard.train.models.segments import Segments
 from crossguard.train.models.text import build_text_tower
 from crossguard.train.models.tokens import Tokens, summarise
 from crossguard.train.models.video import FramePool
+from crossguard.train.models.views import read_views
 
 T = TypeVar("T")
 
@@ -39,7 +41,7 @@ class Classifier(nn.Module):
         self.modalities = tuple(config.modalities)
         # Those with a tower of their own.
         self.towers = tuple(config.encoders)
-        self.pooling = config.text.pooling
+        self.pooling, self.image_pooling, self.pad_id = config.text.pooling, config.image.pooling, pad_id
         self.modality_dropout, self.seed = config.modality_dropout, seed
         widths = {}
         if "text" in self.modalities:
@@ -47,6 +49,9 @@ class Classifier(nn.Module):
             widths["text"] = self.text.width
             add_lora(self.text, config.text.lora, "model.text.lora")
             self.segments = Segments(1 + len(config.text.fields), self.text.width) if config.text.fields else None
+        if "ngrams" in self.modalities:
+            self.ngrams = NgramTower(config.ngrams)
+            widths["ngrams"] = self.ngrams.width
         if "image" in self.modalities:
             self.normalise = Normalise(config.image.mean, config.image.std)
             self.image = build_image_tower(config.image)
@@ -86,39 +91,54 @@ class Classifier(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: Batch, embed: Seam | None = None) -> Any:
+    def forward(self, batch: Batch, embed: Seam | None = None, *, views: bool = False) -> Any:
         """A batch of B posts → logits float32[B, L], in the order of the label vector; with `embed`, what crosses that
-        seam, as `embedding.pack` lays it out. A batch of such embeddings goes on from there."""
+        seam, as `embedding.pack` lays it out. A batch of such embeddings goes on from there. With `views`, what
+        `read_views` says of it."""
         if embed is not None:
             return self._embed(batch, embed)
+        if views:
+            return read_views(self, batch, self.pad_id)
         if FUSED in batch.embeddings:
             return self.heads(batch.embeddings[FUSED])
         modalities = unpack(batch.embeddings) if batch.embeddings else self.read(batch)
-        if self.training and self.modality_dropout:
-            modalities = drop_modalities(modalities, batch.positions, self.modality_dropout, self.seed)
-        return self.judge(modalities)
+        return self.judge(self.dropped(modalities, batch.positions))
 
     def _embed(self, batch: Batch, seam: Seam) -> dict[str, Tensor]:
         modalities = self.read(batch)
         return {FUSED: self.fusion(modalities).float()} if seam.fused else pack(modalities, seam)
+
+    def dropped(self, modalities: dict[str, Tokens], positions: Tensor) -> dict[str, Tokens]:
+        """What is left of the modalities of B posts after modality dropout, in training."""
+        if not (self.training and self.modality_dropout):
+            return modalities
+        return drop_modalities(modalities, positions, self.modality_dropout, self.seed)
 
     def read(self, batch: Batch) -> dict[str, Tokens]:
         """What each modality's tower says of a batch of B posts."""
         modalities = {}
         if "text" in self.modalities:
             modalities["text"] = self._read_text(batch)
+        if "ngrams" in self.modalities:
+            values = self.ngrams(batch.ngrams, batch.ngram_starts)
+            modalities["ngrams"] = Tokens(values, batch.has_text[:, None], values[:, 0], batch.has_text)
         patches, frames = self._look(batch)
         if patches is not None:
             values, there = by_post(patches, batch.image_post, len(batch))
             mask = there.repeat_interleave(patches.shape[1], dim=1)
-            modalities["image"] = Tokens(values, mask, summarise(values, mask, "mean"), batch.has_image)
+            # The mean over all tokens of all images, or over the first one of each.
+            step = 1 if self.image_pooling == "mean" else patches.shape[1]
+            summary = summarise(values[:, ::step], mask[:, ::step], "mean")
+            modalities["image"] = Tokens(values, mask, summary, batch.has_image)
         if frames is not None:
             video = given(batch.video)
-            modalities["video"] = self.frames(frames, video.times, video.post, video.present)
+            values, mask, summary = self.frames(frames, video.times, video.post, len(batch))
+            modalities["video"] = Tokens(values, mask, summary, video.present)
         if "audio" in self.modalities:
             sound = given(batch.audio)
-            heard, mask = self.audio(sound.values.to(self._dtype), sound.lengths)
-            modalities["audio"] = self.hearing(heard, mask, sound.post, sound.present)
+            heard, there = self.audio(sound.values.to(self._dtype), sound.lengths)
+            values, mask, summary = self.hearing(heard, there, sound.post, len(batch))
+            modalities["audio"] = Tokens(values, mask, summary, sound.present)
         return modalities
 
     def judge(self, modalities: dict[str, Tokens]) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FRONTS = {
     "text": "text",
     "segments": "text",
+    "ngrams": "ngrams",
     "image": "image",
     "video": "video",
     "frames": "video",

@@ -16,6 +16,7 @@ class PostSize:
     """How much there is of each modality in a post."""
 
     tokens: int = 1
+    ngrams: int = 1
     images: int = 1
     frames: int = 1
     recordings: int = 1
@@ -25,8 +26,13 @@ class PostSize:
     @classmethod
     def largest(cls, config: ModelConfig) -> PostSize:
         """The most that a model looks at."""
-        images, frames = config.image.max_images, config.video.frames
-        return cls(config.text.length, images, frames, seconds=config.audio.max_seconds)
+        return cls(
+            tokens=config.text.length,
+            ngrams=config.ngrams.max_characters * (config.ngrams.max_n - config.ngrams.min_n + 1),
+            images=config.image.max_images,
+            frames=config.video.frames,
+            seconds=config.audio.max_seconds,
+        )
 
 
 def example_batch(config: ModelConfig, num_labels: int, posts: int, size: PostSize, pad_id: int = 0) -> Batch:
@@ -34,6 +40,7 @@ def example_batch(config: ModelConfig, num_labels: int, posts: int, size: PostSi
     that the model does not look at, no more than every batch has."""
     tokens = size.tokens if "text" in config.modalities else 1
     images = posts * size.images if "image" in config.modalities else 1
+    ngrams = size.ngrams if "ngrams" in config.modalities else 0
     yes = torch.ones(posts, dtype=torch.bool)
     return Batch(
         ids=["example"] * posts,
@@ -42,6 +49,8 @@ def example_batch(config: ModelConfig, num_labels: int, posts: int, size: PostSi
         input_ids=torch.full((posts, tokens), pad_id),
         text_mask=torch.ones(posts, tokens, dtype=torch.bool),
         has_text=yes,
+        ngrams=torch.zeros(posts * ngrams, dtype=torch.int32),
+        ngram_starts=torch.arange(posts, dtype=torch.int32) * ngrams,
         pixels=_pixels(images, config.image.size),
         image_post=_owners(posts, images),
         has_image=yes,

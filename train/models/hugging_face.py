@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -31,25 +32,28 @@ INPUTS = {
 }
 
 
-def load_encoder(name: str, role: Role) -> PreTrainedModel:
+def load_encoder(name: str, role: Role, *, pooler: bool = False) -> PreTrainedModel:
     """A pretrained encoder in float32; of a dual encoder (CLIP, SigLIP) the tower of `role`.
 
     Args:
         name: hub id or local folder.
         role: which tower, and which key of the configuration an error names.
+        pooler: whether its pooler is used, which many checkpoints leave out.
 
     Raises:
         UserError: there is no such model, it reads something else, or its file lacks weights of the encoder.
     """
-    from transformers import AutoModel
-
     key = f"model.{role}.pretrained={name}"
     # What a fresh pooler draws must not change what is drawn after it: that depends on how the weights are read.
     with _opening(key), _quiet(), torch.random.fork_rng(devices=[]), _partitioning():
-        config = _read_config(name, role)
-        encoder, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    # A pooler is made anew for many checkpoints; it is not used here.
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+        config, is_part = _read_config(name, role)
+        # Of a dual encoder's file only the tower's weights are read, whose names all begin alike.
+        names = {rf"^{PARTS[role].replace('config', 'model')}\.": ""} if is_part else None
+        model_class: Any = _model_class(config)
+        encoder, info = model_class.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, key_mapping=names
+        )
+    missing = sorted(name for name in info["missing_keys"] if pooler or "pooler" not in name)
     if missing:
         raise UserError(
             f"{key}: has no weights for {len(missing)} parameters of the encoder, the first is '{missing[0]}'"
@@ -102,7 +106,7 @@ def new_encoder(values: dict[str, Any], defaults: dict[str, Any], role: Role) ->
         UserError: `model_type` is missing or unknown, or a setting is unknown or refused.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     key = f"model.{role}.config"
     values = dict(values)
@@ -119,7 +123,8 @@ def new_encoder(values: dict[str, Any], defaults: dict[str, Any], role: Role) ->
     known = {name: value for name, value in defaults.items() if hasattr(standard, name)}
     try:
         config = AutoConfig.for_model(model_type, **{**known, **values})
-        encoder = AutoModel.from_config(_tower_config(config, role))
+        tower = _tower_config(config, role)
+        encoder = _model_class(tower)._from_config(tower)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{key}: transformers refuses it ({_first_line(error)})") from error
     return _encoder_half(encoder, role, f"{key}.model_type={model_type}")
@@ -137,7 +142,7 @@ def pretrained_config(name: str, role: Role) -> dict[str, Any]:
         UserError: there is no such model.
     """
     with _opening(f"model.{role}.pretrained={name}"):
-        return _as_values(_read_config(name, role))
+        return _as_values(_read_config(name, role)[0])
 
 
 @contextmanager
@@ -150,21 +155,24 @@ def _opening(key: str) -> Iterator[None]:
         ) from error
 
 
-def _read_config(name: str, role: Role) -> Any:
-    """The configuration of a pretrained encoder, without what is random in a way that differs from rank to rank."""
+def _read_config(name: str, role: Role) -> tuple[Any, bool]:
+    """The configuration of a pretrained encoder, without what is random in a way that differs from rank to rank, and
+    whether it is that of one tower of a dual encoder."""
     from transformers import AutoConfig
 
-    config = _tower_config(AutoConfig.from_pretrained(name), role)
+    whole = AutoConfig.from_pretrained(name)
+    config = _tower_config(whole, role)
     for setting, value in RANDOM.items():
         if role == "audio" and hasattr(config, setting):
             setattr(config, setting, value)
-    return config
+    return config, config is not whole
 
 
 def _as_values(config: Any) -> dict[str, Any]:
     # Files on the hub also hold settings of tools that nobody reads here; new_encoder would refuse them.
     standard = type(config)()
-    values = {name: value for name, value in config.to_dict().items() if hasattr(standard, name)}
+    known = {name: hasattr(standard, name) or _model_reads(config, name) for name in config.to_dict()}
+    values = {name: value for name, value in config.to_dict().items() if known[name]}
     return {**values, "model_type": config.model_type}
 
 
@@ -174,7 +182,15 @@ def _reads_by_name(config: PreTrainedConfig, name: str) -> bool:
     Derived and older settings (ModernBERT's `global_attn_every_n_layers`) are listed nowhere: the configuration's
     code takes them by their quoted name.
     """
-    return any(f'"{name}"' in inspect.getsource(part) for part in type(config).__mro__ if part is not object)
+    own = any(f'"{name}"' in inspect.getsource(part) for part in type(config).__mro__ if part is not object)
+    return own or _model_reads(config, name)
+
+
+def _model_reads(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the model's code asks for a setting that its configuration does not declare (DeBERTa's
+    `position_buckets`)."""
+    modeling = type(config).__module__.replace("configuration_", "modeling_")
+    return f'getattr(config, "{name}"' in inspect.getsource(importlib.import_module(modeling))
 
 
 @contextmanager
@@ -196,6 +212,22 @@ def _quiet() -> Iterator[None]:
 def _tower_config(config: Any, role: Role) -> Any:
     """Of a dual encoder's configuration the part of one tower."""
     return getattr(config, PARTS[role], config)
+
+
+def _model_class(config: Any) -> type[PreTrainedModel]:
+    """What is built from a configuration."""
+    from transformers import MODEL_MAPPING
+
+    if type(config) in MODEL_MAPPING:
+        found: Any = MODEL_MAPPING[type(config)]
+        return cast("type[PreTrainedModel]", found)
+    # The table lacks the text towers of SigLIP and others, which stand in the module beside.
+    module, name = type(config).__module__, type(config).__name__
+    modeling = importlib.import_module(module.replace("configuration_", "modeling_"))
+    tower: type[PreTrainedModel] | None = getattr(modeling, name.replace("Config", "Model"), None)
+    if tower is None:
+        raise ValueError(f"{name} describes no encoder")
+    return tower
 
 
 def _encoder_half(model: PreTrainedModel, role: Role, key: str) -> PreTrainedModel:

@@ -21,7 +21,8 @@ def drop_modalities(
     """Make some of the posts that have several modalities lack some of them, never all.
 
     Which ones is a pure function of the seed and the posts' positions in the sample order, so that neither ranks nor
-    micro-batches nor a resume change it: of all sets of a post's modalities that leave one, each is as likely.
+    micro-batches nor a resume change it: of all sets of a post's modalities that leave one, each is as likely. N-grams
+    go with the text that they are of.
 
     Args:
         modalities: what the towers say of B posts, which have run as ever; left as they are.
@@ -30,16 +31,18 @@ def drop_modalities(
         seed: of the training.
     """
     draws = _mix(positions * 2 + _mix(torch.tensor(seed, device=positions.device)))
-    present = torch.stack([tokens.present for tokens in modalities.values()], dim=1)
+    together = {"ngrams": "text"} if "text" in modalities else {}
+    drawn_for = [name for name in modalities if name not in together]
+    present = torch.stack([modalities[name].present for name in drawn_for], dim=1)
     count = present.sum(1)
     chosen = (_unit(draws) < probability) & (count > 1)
     # The set as the bits of a number: 1 … 2^count - 2 leave out none and all.
     drawn = 1 + (_unit(_mix(draws + 1)) * (2**count - 2)).long()
     bits = (drawn[:, None] >> (present.cumsum(1) - 1).clamp(min=0)) & 1
-    lost = (chosen[:, None] & present & bits.bool()).unbind(1)
+    lost = dict(zip(drawn_for, (chosen[:, None] & present & bits.bool()).unbind(1), strict=True))
     return {
-        name: replace(tokens, present=tokens.present & ~gone)
-        for (name, tokens), gone in zip(modalities.items(), lost, strict=True)
+        name: replace(tokens, present=tokens.present & ~lost[together.get(name, name)])
+        for name, tokens in modalities.items()
     }
 
 

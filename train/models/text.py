@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
@@ -19,16 +21,21 @@ _AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2
 
 
 class TextTower(Tower):
-    """Tokens in, one vector a token out, of an encoder of `transformers`."""
+    """Tokens in, one vector a token out, of an encoder of `transformers`: of its top layer, or of several."""
 
-    def __init__(self, encoder: PreTrainedModel):
+    def __init__(self, encoder: PreTrainedModel, layers: Sequence[int] = ()):
         super().__init__()
-        self.encoder = encoder
-        self.width = int(encoder.config.hidden_size)
+        self.encoder, self.layers = encoder, tuple(layers)
+        self.width = int(encoder.config.hidden_size) * max(1, len(self.layers))
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """int64[B, L] and bool[B, L] → float[B, L, width]; rows of `mask` hold at least one True."""
-        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        found = self.encoder(
+            input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=bool(self.layers) or None
+        )
+        if self.layers:  # The embeddings come first.
+            return torch.cat([found.hidden_states[layer] for layer in self.layers], dim=-1)
+        hidden: Tensor = found.last_hidden_state
         return hidden
 
 
@@ -50,11 +57,19 @@ def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) ->
         ids = {"vocab_size": vocab_size, "pad_token_id": pad_id, "bos_token_id": None, "eos_token_id": None}
         encoder = new_encoder(config.config, ids, "text")
     _check_fits(encoder, config, vocab_size, pad_id)
-    return TextTower(encoder)
+    if config.layers and max(config.layers) > (depth := int(encoder.config.num_hidden_layers)):
+        raise UserError(f"model.text.layers={list(config.layers)}: the encoder has {depth} layers")
+    return TextTower(encoder, config.layers)
 
 
 def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size: int, pad_id: int) -> None:
-    known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
+    try:
+        known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
+    except NotImplementedError:
+        name = encoder.config.model_type
+        raise UserError(
+            f"model.text: {name} embeds no token ids that could be counted; choose another encoder"
+        ) from None
     if known < vocab_size:
         raise UserError(
             f"model.text.tokenizer: has {vocab_size} tokens and the encoder {known}; "

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.train.models.pieces import AttentionPool, by_post
-from crossguard.train.models.tokens import Tokens
 
 # Periods of the waves that tell times apart, in seconds: from half a second to the longest video.
 SHORTEST, LONGEST, WAVES = 0.5, 1200.0, 16
@@ -31,11 +30,13 @@ class FramePool(nn.Module):
         nn.init.zeros_(self.time.bias)
         self.pool = AttentionPool(width)
 
-    def forward(self, patches: Tensor, times: Tensor, post: Tensor, present: Tensor) -> Tokens:
-        """float[F, T, D], float[F] seconds, int64[F] (-1 of no post) and bool[B] → B posts with a token a frame."""
+    def forward(self, patches: Tensor, times: Tensor, post: Tensor, num_posts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """float[F, T, D], float[F] seconds and int64[F], the post of each frame (-1: of none) → values, mask and
+        summary of the `Tokens` of B posts, a token a frame. (Not as one object: ZeRO-3 looks for tensors in what a
+        module returns.)"""
         frames = patches.mean(1) + self.time(waves(times).to(patches.dtype))
-        values, mask = by_post(frames[:, None], post, len(present), self.most)
-        return Tokens(values, mask, self.pool(values, mask), present)
+        values, mask = by_post(frames[:, None], post, num_posts, self.most)
+        return values, mask, self.pool(values, mask)
 
 
 def waves(times: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crossguard.configs.schema import Config
-from crossguard.configs.schema.model import MODALITIES, ModelConfig
+from crossguard.configs.schema.model import ENCODED, ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.train.models.example import PostSize
 from crossguard.train.planning.shapes import Shapes
 
 # Posts of a pass over shapes: one alone might be treated apart.
 POSTS = 2
-_PAIRS = tuple(itertools.combinations_with_replacement(range(len(MODALITIES)), 2))
+_PAIRS = tuple(itertools.combinations_with_replacement(range(len(ENCODED)), 2))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PostFlops:
                 shapes.trace(POSTS, replace(PostSize(*size), seconds=seconds)).flops / POSTS for size in sizes.tolist()
             ]
         # What a model does not look at does not count.
-        read = [name in config.model.modalities for name in MODALITIES]
+        read = [name in config.model.modalities for name in ENCODED]
         terms = _terms(np.where(read, sizes, 0))
         # All terms at one scale, as numbers that are to be added need; those of an absent modality are 0.
         scale = np.maximum(terms.max(axis=0), 1)
@@ -58,7 +58,7 @@ class PostFlops:
     def of(self, batch: Batch) -> float:
         """A step's operations for `batch`: each post counts with its own length, padding does not."""
         posts = len(batch)
-        sizes = np.zeros((posts, len(MODALITIES)))
+        sizes = np.zeros((posts, len(ENCODED)))
         sizes[:, 0] = batch.text_mask.numpy().sum(axis=1, dtype=np.int64)
         sizes[:, 1] = _counted(batch.image_post, posts)
         if batch.video is not None:
@@ -78,9 +78,9 @@ def _sizes(model: ModelConfig) -> np.ndarray:
     """int[n, 4]: sizes of posts that determine a polynomial of degree two in what the model looks at: all at the
     smallest, each alone at a second and at a third, and every two at the second."""
     longest = model.text.length
-    levels = ((longest // 4, longest // 2, longest), *((1, 2, 3) for _ in MODALITIES[1:]))
+    levels = ((longest // 4, longest // 2, longest), *((1, 2, 3) for _ in ENCODED[1:]))
     smallest = [sizes[0] for sizes in levels]
-    looked_at = [place for place, name in enumerate(MODALITIES) if name in model.modalities]
+    looked_at = [place for place, name in enumerate(ENCODED) if name in model.modalities]
     points = [smallest]
     for place in looked_at:
         points += [[*smallest[:place], size, *smallest[place + 1 :]] for size in levels[place][1:]]

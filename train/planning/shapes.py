@@ -64,7 +64,11 @@ class Shapes:
         size = size or PostSize.largest(self.config.model)
         with self._open(size.images):
             batch = example_batch(self.config.model, self.num_labels, posts, size)
-            return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16")
+            twice = bool(self.config.train.consistency.weight)
+            if twice:
+                ids, mask, segments = batch.input_ids, batch.text_mask, batch.segments
+                batch = replace(batch, disguised_ids=ids, disguised_mask=mask, disguised_segments=segments)
+            return trace_step(self.model, batch, bf16=self.config.train.precision == "bf16", views=twice)
 
     @contextmanager
     def _open(self, images: int | None = None) -> Iterator[None]:

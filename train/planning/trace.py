@@ -49,13 +49,14 @@ class Trace:
         return sum(operation.flops for operation in self.operations)
 
 
-def trace_step(model: nn.Module, batch: Batch, *, bf16: bool) -> Trace:
+def trace_step(model: nn.Module, batch: Batch, *, bf16: bool, views: bool = False) -> Trace:
     """Run the model forward and backward on a batch of shapes (`example_batch`).
 
     Args:
         model: of shapes; left without gradients.
         batch: of shapes.
         bf16: under autocast, as DeepSpeed runs it.
+        views: read what the batch has beside its posts, too.
     """
     trace = Trace(len(batch))
     outside = [*model.parameters(), *model.buffers(), *batch.tensors()]
@@ -68,9 +69,9 @@ def trace_step(model: nn.Module, batch: Batch, *, bf16: bool) -> Trace:
     ]
     with watch:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(batch)
+            outputs = model(batch, views=True) if views else {"logits": model(batch)}
         trace.saved = watch.all.now
-        logits.sum().backward()
+        sum(logits.sum() for logits in outputs.values()).backward()
     for handle in handles:
         handle.remove()
     model.zero_grad()

@@ -1,37 +1,19 @@
-"""Conditions under which a split is scored again: the same posts, each changed before it is encoded."""
+"""Posts as evaders would write them, for scoring a split once more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from crossguard.configs.schema import Config
 from crossguard.data.curation.attacks import attack
 from crossguard.data.loading.sample import RawSample
 from crossguard.train.encode import TRANSCRIPT
-from crossguard.train.evaluation.predictions import Predictions
-
-# The kind of a condition.
-DISGUISED = "disguised"
-# Kind -> name -> predictions.
-UnderConditions = Mapping[str, Mapping[str, Predictions]]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A change to posts. Labels stay as they are."""
-
-    kind: str
-    name: str
-    # Sent to the processes that read.
-    change: Callable[[RawSample], RawSample]
 
 
 @dataclass(frozen=True)
 class Disguise:
-    """Texts as an evader would write them: a function of the seed, the family and the post's id alone.
+    """A change to the texts of a post: a function of the seed, the family and the post's id alone.
 
-    What is spoken stays as it is.
+    What is spoken stays as it is. Sent to the processes that read.
     """
 
     family: str
@@ -50,8 +32,3 @@ class Disguise:
 
     def _text(self, raw: RawSample, name: str, text: str) -> str:
         return attack(text, self.family, f"{self.seed}/{self.family}/{raw.id}/{name}")
-
-
-def conditions_of(config: Config) -> list[Condition]:
-    """What the configuration asks for."""
-    return [Condition(DISGUISED, family, Disguise(family, config.seed)) for family in config.evaluation.attacks]

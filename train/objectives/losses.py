@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.own_parts import load_own, naming
-from crossguard.configs.schema.train import LossConfig
+from crossguard.configs.schema.loss import LossConfig
 
 # (logits float[B, P], labels float[B, P]) -> loss of each element, float[B, P].
-Objective = Callable[[Tensor, Tensor], Tensor]
+ElementLoss = Callable[[Tensor, Tensor], Tensor]
 
 # Smallest argument of a logarithm or of a fractional power, whose gradients at 0 are infinite.
 TINY = torch.finfo(torch.float32).tiny
 
 
-def build_objective(config: LossConfig) -> Objective:
+def build_loss(config: LossConfig) -> ElementLoss:
     """The loss that a configuration names, masked.
 
     Returns:
@@ -35,7 +35,7 @@ def build_objective(config: LossConfig) -> Objective:
     """
     elementwise = _elementwise(config)
 
-    def objective(logits: Tensor, labels: Tensor) -> Tensor:
+    def masked(logits: Tensor, labels: Tensor) -> Tensor:
         known = ~torch.isnan(labels)
         # Masked before as well as after: the gradient of an infinite loss times zero would be NaN.
         logits = torch.where(known, logits.float(), 0.0)
@@ -48,12 +48,7 @@ def build_objective(config: LossConfig) -> Objective:
             )
         return torch.where(known, loss, 0.0)
 
-    return objective
-
-
-def known_labels(labels: Tensor) -> Tensor:
-    """How many labels are known: what the sum of a step's losses is divided by. An int64 scalar."""
-    return (~torch.isnan(labels)).sum()
+    return masked
 
 
 def bce_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -98,7 +93,7 @@ def asymmetric_loss(
     return labels * violating + (1 - labels) * benign
 
 
-def _elementwise(config: LossConfig) -> Objective:
+def _elementwise(config: LossConfig) -> ElementLoss:
     if config.name == "bce":
         return bce_loss
     if config.name == "focal":
