@@ -122,16 +122,14 @@ def test_runs_checkpoints_and_bundles_give_the_same_weights(
 
 def test_a_resume_reads_its_own_checkpoint(started: Config, capfd: pytest.CaptureFixture[str]) -> None:
     longer = replace(started, train=replace(started.train, max_steps=14))
-    before = newest_head(started)
     run_training(replace(longer, model=replace(longer.model, start_from="/nowhere")), alone())
     assert "begins with" not in capfd.readouterr().err
-    assert not torch.equal(newest_head(started), before)
-
-
-def newest_head(config: Config) -> torch.Tensor:
-    checkpoint = latest_checkpoint(Path(config.run_dir))
-    assert checkpoint is not None
-    return load_weights(checkpoint)["heads.new.logits.weight"]
+    newest = latest_checkpoint(Path(started.run_dir))
+    assert newest is not None
+    assert newest.name == "step-00000014"
+    weights, before = load_weights(newest), load_weights(newest.with_name("step-00000012"))
+    moved = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert moved == {"heads.new.logits.weight", "heads.new.logits.bias"}
 
 
 def changed(**text: object) -> ModelConfig:
