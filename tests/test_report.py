@@ -26,6 +26,7 @@ from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.report_errors import worst_errors
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import write_bundle
+from crossguard.train.export.card import model_card
 
 SECTIONS = (
     "summary",
@@ -141,6 +142,16 @@ def test_the_dataset_card_counts_what_the_shards_hold(config: Config) -> None:
     rows = [line.split(" | ") for line in card.splitlines() if line.startswith(("| en |", "| es |", "| ar |"))]
     assert sum(int(count.strip(" |")) for row in rows for count in row[1:4]) == 240
     assert metrics["shards"] in card
+
+
+def test_the_bundles_card_says_what_disguises_cost(config: Config) -> None:
+    run_dir = Path(config.run_dir)
+    evasion = json.loads((run_dir / "report" / "metrics.json").read_text())["evasion"]
+    rows = [line for line in model_card(config, run_dir, step=3).splitlines() if line.startswith(("| swaps", "| leet"))]
+    for row, points in zip(rows, evasion["families"].values(), strict=True):
+        macro = points[POINT]["macro"]
+        values = [f"{rate['clean']:.3f} to {rate['attacked']:.3f}" for rate in macro.values()]
+        assert row.endswith(f"| {values[0]} | {values[1]} |")
 
 
 def test_a_suite_is_scored_case_by_case_and_leaves_nothing_behind(config: Config, page: Page) -> None:
