@@ -50,8 +50,8 @@ DISGUISED = {
     "h\u0336a\u0336t\u0336e\u0336": "hate",
     "noooooo!!!!!!!": "no!!!",
     "5h17 n080dy m€$$@ge sh1t!": "shit nobody message shit!",
-    "t̃ḧe̱ỹ ḧă̱t̄ẹ̱": "they hăte",
-    "n̈g̃ư̈ờĩ": "người",
+    "t\u0303h\u0308e\u0331y\u0301 h\u0308ă\u0331t\u0303e\u0323": "they hăte",
+    "n\u0303g\u0303ư\u0308ờ\u0303i\u0301": "người",
     "시.발.놈": "시발놈",
     "오̃늘̈": "오늘",
     "\u0441\u043e\u0440\u0455 हम": "\u0441\u043e\u0440\u0455 हम",
@@ -109,7 +109,7 @@ def test_an_attack_changes_half_of_the_words_the_same_way_for_the_same_seed(fami
     ]
     undone = sum(old == new for old, new in changed) / len(changed)
     # What is left to training: ambiguous signs, doubled letters, and all swaps.
-    least, most = {"leetspeak": (0.6, 0.9), "repetition": (0.9, 0.99), "swaps": (0, 0)}.get(family, (0.97, 1))
+    least, most = {"leetspeak": (0.9, 0.99), "repetition": (0.9, 0.99), "swaps": (0, 0)}.get(family, (0.97, 1))
     assert least <= undone <= most
 
 

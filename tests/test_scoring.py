@@ -150,7 +150,7 @@ def test_the_stage_writes_what_the_contract_says(evaluated: Config) -> None:
     test = metrics["splits"]["test"]
     contract = {"policies", "macro", "macro_policy_language"}
     assert set(test) == contract | {"worst", "calibration", "actions", "routing"}
-    assert set(metrics["decisions"]) == {"fitted_on", "promises", "calibration", "thresholds", "parents"}
+    assert set(metrics["decisions"]) == {"fitted_on", "promises", "calibration", "thresholds"}
     assert {"all", "by_language", "by_slice"} <= set(test["policies"]["spam"])
     assert set(test["policies"]["spam"]["by_slice"]["modality"]) == {"text", "image", "text+image"}
     assert {"n", "positives", "average_precision", "auroc"} <= set(test["policies"]["spam"]["all"])
