@@ -79,7 +79,7 @@ def media_post(
     shape = (hundredths * 160,) if config.audio.features == "waveform" else (BINS, hundredths)
     sound = draw.normal(size=shape).astype(np.float32)
     if sound.ndim == 2:
-        sound[:, -1] = -1.0
+        sound[:, -1:] = -1.0
     return replace(
         post(number, tokens, images),
         segments=np.sort(draw.integers(0, 3, tokens)).astype(np.uint8) if tokens else None,

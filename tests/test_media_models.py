@@ -101,10 +101,9 @@ def test_fields_change_nothing_before_they_are_learned() -> None:
     model, plain = build(config), build(without)
     loaded = plain.load_state_dict(model.state_dict(), strict=False)
     assert loaded.unexpected_keys == ["segments.scale.weight", "segments.shift.weight"]
-    posts = media_posts(config)
+    posts, learned = media_posts(config), talkative(config)
     with torch.no_grad():
         assert torch.equal(model(batch_of(*posts, **layout(config))), plain(batch_of(*posts, **layout(without))))
-        learned = talkative(config)
         fields = [replace(p, segments=None if p.segments is None else 2 - p.segments) for p in posts]
         one, other = (learned(batch_of(*some, **layout(config))) for some in (posts, fields))
     assert ((one - other).abs().amax(1) > 1e-4).tolist() == [bool(p.input_ids is not None) for p in posts]
