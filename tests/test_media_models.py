@@ -95,6 +95,20 @@ def test_frames_know_when_they_are_shown() -> None:
         assert torch.equal(*(fresh(batch_of(p, **layout(config))) for p in (post, later)))
 
 
+def test_frames_are_pooled_as_their_encoder_says() -> None:
+    config = media_config()
+    mean, first = (
+        build(replace(config, image=replace(config.image, pooling=pooling))) for pooling in ("mean", "first")
+    )
+    batch = batch_of(media_post(config, 1, 0, 0, 3, 0), **layout(config))
+    assert batch.video is not None
+    with torch.no_grad():
+        looks = mean.image(mean.normalise(batch.video.pixels))
+        assert (mean.read(batch)["video"].values[0, :3] - looks.mean(1)).abs().max() < 1e-5
+        assert (first.read(batch)["video"].values[0, :3] - looks[:, 0]).abs().max() < 1e-5
+        assert (looks.mean(1) - looks[:, 0]).abs().max() > 1e-3
+
+
 def test_fields_change_nothing_before_they_are_learned() -> None:
     config = media_config()
     without = replace(config, text=replace(config.text, fields={}))
