@@ -149,3 +149,13 @@ def test_what_is_heard_in_a_video_is_decoded_beside_its_frames() -> None:
 def test_ffmpeg_says_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     assert check_video(clips.video(RAMP)[:-2000]) is not None
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_crop_is_the_middle_of_a_frame() -> None:
+    stripes = np.repeat(np.array([20, 120, 220], np.uint8), 48)[None, :, None].repeat(48, 0).repeat(3, 2)
+    data = clips.pictures([stripes] * 4)
+    (whole,), (middle,) = (sample_frames(data, 1, 16, "uniform", resize).frames for resize in ("stretch", "crop"))
+    assert middle.shape == whole.shape == (16, 16, 3)
+    assert [int(whole[8, x].mean().round(-1)) for x in (2, 8, 13)] == [20, 120, 220]
+    assert middle[:, 2:-2].mean() == pytest.approx(120, abs=4)
+    assert middle[:, 2:-2].std() < 4

@@ -95,16 +95,29 @@ def test_frames_know_when_they_are_shown() -> None:
         assert torch.equal(*(fresh(batch_of(p, **layout(config))) for p in (post, later)))
 
 
+def test_frames_are_pooled_as_their_encoder_says() -> None:
+    config = media_config()
+    mean, first = (
+        build(replace(config, image=replace(config.image, pooling=pooling))) for pooling in ("mean", "first")
+    )
+    batch = batch_of(media_post(config, 1, 0, 0, 3, 0), **layout(config))
+    assert batch.video is not None
+    with torch.no_grad():
+        looks = mean.image(mean.normalise(batch.video.pixels))
+        assert (mean.read(batch)["video"].values[0, :3] - looks.mean(1)).abs().max() < 1e-5
+        assert (first.read(batch)["video"].values[0, :3] - looks[:, 0]).abs().max() < 1e-5
+        assert (looks.mean(1) - looks[:, 0]).abs().max() > 1e-3
+
+
 def test_fields_change_nothing_before_they_are_learned() -> None:
     config = media_config()
     without = replace(config, text=replace(config.text, fields={}))
     model, plain = build(config), build(without)
     loaded = plain.load_state_dict(model.state_dict(), strict=False)
     assert loaded.unexpected_keys == ["segments.scale.weight", "segments.shift.weight"]
-    posts = media_posts(config)
+    posts, learned = media_posts(config), talkative(config)
     with torch.no_grad():
         assert torch.equal(model(batch_of(*posts, **layout(config))), plain(batch_of(*posts, **layout(without))))
-        learned = talkative(config)
         fields = [replace(p, segments=None if p.segments is None else 2 - p.segments) for p in posts]
         one, other = (learned(batch_of(*some, **layout(config))) for some in (posts, fields))
     assert ((one - other).abs().amax(1) > 1e-4).tolist() == [bool(p.input_ids is not None) for p in posts]

@@ -62,7 +62,7 @@ class PostEncoder:
         self.tokenizer = tokenizer or load_tokenizer(config.text)
         self.reads_text = "text" in config.modalities
         self.ngrams = config.ngrams if "ngrams" in config.modalities else None
-        self.resize = config.image.resize
+        self.image_resize, self.frame_resize = config.image.resize, config.frame_encoder.resize
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.video = config.video if "video" in config.modalities else None
         self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
@@ -103,7 +103,8 @@ class PostEncoder:
             language=raw.language,
             input_ids=input_ids,
             images=[
-                decode_image(data, self.layout["image_size"], self.resize) for data in raw.images[: self.max_images]
+                decode_image(data, self.layout["image_size"], self.image_resize)
+                for data in raw.images[: self.max_images]
             ],
             labels=self._labels(raw.post),
             segments=segments,
@@ -189,7 +190,7 @@ class PostEncoder:
             return None
         size = self.layout["frame_size"]
         assert size is not None
-        return sample_frames(raw.video, self.video.frames, size, self.video.sampling)
+        return sample_frames(raw.video, self.video.frames, size, self.video.sampling, self.frame_resize)
 
     def _sound(self, raw: RawSample) -> np.ndarray | None:
         """Of the recording, or else of the video, which may have none."""
@@ -212,9 +213,11 @@ class PostEncoder:
             "normaliser": self.text.normaliser,
             "ngrams": dataclasses.asdict(self.ngrams) if self.ngrams else None,
             "image_size": self.layout["image_size"],
-            "resize": self.resize,
+            "resize": self.image_resize,
             "max_images": self.max_images,
-            "video": [self.video.frames, self.video.sampling, self.layout["frame_size"]] if self.video else None,
+            "video": [self.video.frames, self.video.sampling, self.layout["frame_size"], self.frame_resize]
+            if self.video
+            else None,
             "audio": [config.audio.features, config.audio.mel_bins, config.audio.max_seconds] if self.hearing else None,
             "policies": self.taxonomy.columns,
         }

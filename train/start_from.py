@@ -32,7 +32,7 @@ from crossguard.train.ranks import Ranks
 from crossguard.train.stored_weights import StoredWeights
 
 # What may differ between two encoders of the same weights: where they are from, and how much of a post they are given.
-_MAY_DIFFER = ("pretrained", "config", "build", "lora", "tokenizer", "max_length", "max_images")
+_MAY_DIFFER = ("pretrained", "config", "build", "lora", "tokenizer", "max_length", "max_images", "max_characters")
 
 
 @dataclass(frozen=True)

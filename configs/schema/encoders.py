@@ -10,7 +10,7 @@ from crossguard.configs.schema.checks import at_least, one_of, within
 
 TEXT_POOLINGS = ("mean", "first", "last")
 IMAGE_POOLINGS = ("mean", "first", "pooler")
-RESIZES = ("stretch", "crop")
+STRETCH, CROP = "stretch", "crop"
 # None, and the version that data/curation/normalise.py has.
 NORMALISERS = (0, 2)
 # The tokenizer that needs no file, and how many tokens it has: the bytes, and three of its own.
@@ -148,11 +148,19 @@ class PixelEncoderConfig(EncoderConfig):
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     # Standard deviation of the channels that is divided by.
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    # How a picture becomes a square: stretch it whole, or crop its middle (as CLIP and DINOv2 were trained); both are
+    # scaled with bilinear interpolation, images antialiased.
+    resize: str = STRETCH
+    # How tokens become a picture's summary: mean over them, the first token ([CLS] of CLIP and DINOv2), or what the
+    # encoder's own pooler makes of them (SigLIP's attention head).
+    pooling: str = "mean"
 
     def check_pixels(self, key: str) -> None:
         """Check the values that stand under `key`."""
         self.check_encoder(key)
         at_least(f"{key}.size", self.size, 8)
+        one_of(f"{key}.resize", self.resize, (STRETCH, CROP))
+        one_of(f"{key}.pooling", self.pooling, IMAGE_POOLINGS)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0) <= 0:
             raise UserError(f"{key}.mean and {key}.std: three numbers each, std above 0")
 
@@ -171,17 +179,9 @@ class ImageEncoderConfig(PixelEncoderConfig):
 
     # Images looked at in a post that has several.
     max_images: int = 1
-    # How an image becomes a square: stretch it whole, or crop its middle (as CLIP and DINOv2 were trained); both are
-    # scaled with antialiased bilinear interpolation.
-    resize: str = "stretch"
-    # How tokens become an image's summary: mean over them, the first token ([CLS] of CLIP and DINOv2), or what the
-    # encoder's own pooler makes of them (SigLIP's attention head).
-    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         self.check_pixels("model.image")
-        one_of("model.image.resize", self.resize, RESIZES)
-        one_of("model.image.pooling", self.pooling, IMAGE_POOLINGS)
         at_least("model.image.max_images", self.max_images, 1)
 
     def check_sizes(self) -> None:

@@ -72,7 +72,9 @@ class ModelConfig:
                     f" or leave '{name}' out of model.modalities"
                 )
         if not self.video.is_named:
-            own = [name for name in ("size", "mean", "std") if _differs(name, self.video, self.image)]
+            own = [
+                name for name in ("size", "mean", "std", "resize", "pooling") if _differs(name, self.video, self.image)
+            ]
             if own:
                 raise UserError(
                     f"model.video.{own[0]}={getattr(self.video, own[0])}: without an encoder of its own"

@@ -14,7 +14,7 @@ MOST_FRAMES = 256
 @dataclass
 class VideoEncoderConfig(PixelEncoderConfig):
     """The encoder of frames. Without `pretrained`, `config` and `build` it is the image encoder: the same weights look
-    at images and frames, of its `size`, `mean` and `std`."""
+    at images and frames, of its `size`, `resize`, `mean`, `std` and `pooling`."""
 
     # Frames looked at in a video.
     frames: int = 8

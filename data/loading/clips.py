@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from crossguard.configs.schema.encoders import CROP, STRETCH
 from crossguard.configs.schema.video import SCENES
 from crossguard.data.loading.decode import MediaError
 
@@ -42,8 +43,8 @@ class Clip:
     times: np.ndarray
 
 
-def sample_frames(data: bytes, count: int, size: int, sampling: str) -> Clip:
-    """Decode up to `count` frames of a video, in order, each turned upright and stretched to a square.
+def sample_frames(data: bytes, count: int, size: int, sampling: str, resize: str = STRETCH) -> Clip:
+    """Decode up to `count` frames of a video, in order, each turned upright and made a square.
 
     With `uniform` they are those in the middle of `count` parts of the same number of frames. With `scenes` eight times
     as many of these are compared, each with the one before it, by the sum of the differences of their colour histograms
@@ -55,6 +56,7 @@ def sample_frames(data: bytes, count: int, size: int, sampling: str) -> Clip:
         count: the most frames; a shorter video gives all it has.
         size: side S of the frames in pixels.
         sampling: "uniform" or "scenes".
+        resize: "stretch" the whole frame, or "crop" its middle.
 
     Raises:
         MediaError: it holds no video, is damaged, or too large.
@@ -63,7 +65,7 @@ def sample_frames(data: bytes, count: int, size: int, sampling: str) -> Clip:
         stream = _video_stream(container)
         packets = _packets(container, stream)
         wanted = _uniform(len(packets.times), count * CANDIDATES if sampling == SCENES else count)
-        shown = list(_decoded(stream, packets, wanted, size))
+        shown = list(_decoded(stream, packets, wanted, size, resize == CROP))
         unit = float(stream.time_base)
     if not shown:
         raise MediaError("a video without a frame that can be decoded")
@@ -161,7 +163,9 @@ def _uniform(frames: int, count: int) -> list[int]:
     return sorted({(2 * part + 1) * frames // (2 * count) for part in range(count)})
 
 
-def _decoded(stream: Any, packets: _Packets, wanted: list[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
+def _decoded(
+    stream: Any, packets: _Packets, wanted: list[int], size: int, crop: bool
+) -> Iterator[tuple[int, np.ndarray]]:
     """(time, uint8[S, S, 3]) of the frames with these numbers, or of the last one before each that can be had."""
     context = stream.codec_context
     allowed = max(1, MAX_DECODED // len(wanted))
@@ -183,14 +187,18 @@ def _decoded(stream: Any, packets: _Packets, wanted: list[int], size: int) -> It
             waiting.extend(decoded for decoded in context.decode(packet) if decoded.pts is not None)
             following += 1
         if frame is not None:
-            yield frame.pts, _square(frame, size)
+            yield frame.pts, _square(frame, size, crop)
 
 
-def _square(frame: Any, size: int) -> np.ndarray:
+def _square(frame: Any, size: int, crop: bool) -> np.ndarray:
     """Scaled first and then turned, which is the same for a square, and cheaper."""
     _check_pixels(frame.width, frame.height)
-    scaled: np.ndarray = frame.reformat(size, size, "rgb24", interpolation="BILINEAR").to_ndarray()
-    return np.rot90(scaled, round(frame.rotation / 90) % 4)
+    shorter = min(frame.width, frame.height)
+    width, height = (round(side * size / shorter) if crop else size for side in (frame.width, frame.height))
+    _check_pixels(width, height)
+    scaled: np.ndarray = frame.reformat(width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+    left, above = (width - size) // 2, (height - size) // 2
+    return np.rot90(scaled[above : above + size, left : left + size], round(frame.rotation / 90) % 4)
 
 
 def _at_changes(shown: list[tuple[int, np.ndarray]], count: int) -> list[tuple[int, np.ndarray]]:

@@ -9,6 +9,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from crossguard.configs.schema.encoders import CROP, STRETCH
+
 # Larger images are refused before they are decoded (Pillow's own limit): a small file can unpack to gigabytes.
 MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -33,7 +35,7 @@ class MediaError(Exception):
     """An image that cannot be decoded; the message is the reason and holds nothing of its content."""
 
 
-def decode_image(data: bytes, size: int, resize: str = "stretch") -> np.ndarray:
+def decode_image(data: bytes, size: int, resize: str = STRETCH) -> np.ndarray:
     """Decode an image and make it a square by antialiased bilinear resampling.
 
     The image is turned as its EXIF orientation says, since that is how people see it. Transparency is laid over white;
@@ -51,7 +53,7 @@ def decode_image(data: bytes, size: int, resize: str = "stretch") -> np.ndarray:
         MediaError: truncated, damaged, of another format, or too large.
     """
     pixels = _decode_jpeg(data, size) if data.startswith(JPEG_MAGIC) else _decode_with_pillow(data)
-    square = _resized(pixels, size, crop=resize == "crop")
+    square = _resized(pixels, size, crop=resize == CROP)
     return _oriented(square, _orientation(data)).transpose(2, 0, 1)
 
 

@@ -65,7 +65,7 @@ class Classifier(nn.Module):
                 self.video = build_image_tower(encoder, "video")
                 add_lora(self.video, encoder.lora, "model.video.lora")
             widths["video"] = (self.image if self.shares_image_tower else self.video).width
-            self.frames = FramePool(widths["video"], config.video.frames)
+            self.frames = FramePool(widths["video"], config.video.frames, config.frame_encoder.pooling)
         if "audio" in self.modalities:
             self.audio = build_audio_tower(config.audio)
             widths["audio"] = self.audio.width

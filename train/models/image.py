@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.encoders import ImageEncoderConfig, PixelEncoderConfig
+from crossguard.configs.schema.encoders import PixelEncoderConfig
 from crossguard.train.models.hugging_face import load_encoder, new_encoder
 from crossguard.train.models.tower import Tower, build_own_tower
 
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class _NoPooler(Exception):
+    """An encoder was asked for what its pooler says and has none."""
+
+
 class ImageTower(Tower):
     """Pixels in, one vector a patch out, of a vision encoder of `transformers`."""
 
-    def __init__(self, encoder: PreTrainedModel, size: int, role: str = "image", *, pooler: bool = False):
+    def __init__(self, encoder: PreTrainedModel, size: int, role: str = "image", pooler: bool = False):
         """
         Args:
             encoder: of `transformers`.
@@ -43,6 +47,8 @@ class ImageTower(Tower):
             if made_for != size:
                 reason = f"the encoder was made for {made_for}; set model.{role}.size={made_for}"
             raise UserError(f"model.{role}.size={size}: {reason}") from error
+        except _NoPooler:
+            raise UserError(f"model.{role}.pooling=pooler: the encoder has none; choose mean or first") from None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float[N, 3, S, S] → float[N, T, width]."""
@@ -68,7 +74,7 @@ def _tokens(encoder: PreTrainedModel, pixels: Tensor, pooler: bool) -> Tensor:
         return tokens
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is None:
-        raise UserError("model.image.pooling=pooler: the encoder has none; choose mean or first")
+        raise _NoPooler
     return torch.cat([pooled.flatten(1)[:, None], tokens], dim=1)
 
 
@@ -118,10 +124,10 @@ def build_image_tower(config: PixelEncoderConfig, role: Literal["image", "video"
     """
     if config.build:
         return build_own_tower(config.build, f"model.{role}.build", config)
-    pooler = isinstance(config, ImageEncoderConfig) and config.pooling == "pooler"
+    pooler = config.pooling == "pooler"
     encoder = (
         load_encoder(config.pretrained, role, pooler=pooler)
         if config.pretrained
         else new_encoder(config.config, {"image_size": config.size}, role)
     )
-    return ImageTower(encoder, config.size, role, pooler=pooler)
+    return ImageTower(encoder, config.size, role, pooler)

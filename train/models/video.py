@@ -16,14 +16,15 @@ SHORTEST, LONGEST, WAVES = 0.5, 1200.0, 16
 class FramePool(nn.Module):
     """Frames as their encoder sees them → a token for each, and attention over them."""
 
-    def __init__(self, width: int, most: int):
+    def __init__(self, width: int, most: int, pooling: str = "mean"):
         """
         Args:
             width: of the encoder's tokens.
             most: frames of a video.
+            pooling: what stands for a frame: the "mean" of its tokens, or else the first of them.
         """
         super().__init__()
-        self.most = most
+        self.most, self.pooling = most, pooling
         self.time = nn.Linear(2 * WAVES, width)
         # At first a frame is what its encoder says.
         nn.init.zeros_(self.time.weight)
@@ -34,7 +35,8 @@ class FramePool(nn.Module):
         """float[F, T, D], float[F] seconds and int64[F], the post of each frame (-1: of none) → values, mask and
         summary of the `Tokens` of B posts, a token a frame. (Not as one object: ZeRO-3 looks for tensors in what a
         module returns.)"""
-        frames = patches.mean(1) + self.time(waves(times).to(patches.dtype))
+        looks = patches.mean(1) if self.pooling == "mean" else patches[:, 0]
+        frames = looks + self.time(waves(times).to(patches.dtype))
         values, mask = by_post(frames[:, None], post, num_posts, self.most)
         return values, mask, self.pool(values, mask)
 
