@@ -286,7 +286,7 @@ def test_a_token_may_be_what_several_layers_say_of_it(kind: str) -> None:
     mask = batch.text_mask | ~batch.has_text[:, None]
     lower, upper = both.text(batch.input_ids, mask).chunk(2, dim=-1)
     assert torch.equal(upper, top.text(batch.input_ids, mask))
-    assert not torch.allclose(lower, upper, atol=0.1)
+    assert not torch.allclose(lower, upper, atol=1e-3)
     with pytest.raises(UserError, match=r"model\.text\.layers=\[3\]: the encoder has 2 layers"):
         build(replace(config, text=replace(config.text, layers=[3])))
 
