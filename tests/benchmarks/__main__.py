@@ -9,6 +9,7 @@ import checkpoint
 import fusions
 import lengths
 import loading
+import memes
 import memory
 import multilingual
 import order
@@ -21,6 +22,7 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("WANDB_MODE", "offline")
-    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths, fusions, multilingual)
+    models = (fusions, multilingual, memes)
+    everything = (memory, order, resume, loading, checkpoint, plan, pretrained, step, lengths, *models)
     reached = [benchmark.main() for benchmark in everything]
     sys.exit(not all(reached))

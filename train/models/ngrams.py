@@ -6,8 +6,6 @@ alone or beside a transformer that reads the same text.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from crossguard.configs.schema.ngrams import NgramsConfig
@@ -29,6 +27,3 @@ class NgramTower(Tower):
         float[B, 1, width]; zeros for a text without any."""
         mean: Tensor = self.table(ngrams, starts)
         return mean[:, None]
-
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """There is nothing to compute again."""
