@@ -134,3 +134,12 @@ def test_the_configuration_is_checked() -> None:
     compose(["recipe=memes", "data.path=x", "model=ngrams", "train.freeze=[ngrams.table.weight]"])
     beside = compose(["recipe=memes", "data.path=x", "model=multilingual_e5_small_ngrams"]).model
     assert list(beside.encoders) == ["text"]
+
+
+def test_a_plan_counts_the_table() -> None:
+    from crossguard.train.planning.shapes import Shapes
+
+    shapes = Shapes(compose(["recipe=multilingual_text", "data.path=x", "model=ngrams"]))
+    assert shapes.trace(3).posts == 3
+    table = 131072 * 64
+    assert table <= sum(parameter.numel() for parameter in shapes.model.parameters()) < 1.1 * table
