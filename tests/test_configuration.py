@@ -167,7 +167,7 @@ def test_a_mapping_of_described_values_takes_single_fields(recipe: str) -> None:
         (["train.loss.name=own_parts_here:los"], r"module 'own_parts_here' has no 'los'; did you mean 'loss'"),
         (["train.loss.name=nowhere:loss"], r"no module 'nowhere' is importable"),
         (["evaluation.metrics=['own_parts_here:auroc']"], r"the name 'auroc' is taken"),
-        (["model.modalities=[text,smell]"], r"model.modalities=smell.*allowed: text, image"),
+        (["model.modalities=[text,smell]"], r"model.modalities=smell.*allowed: text, ngrams, image"),
         (["evaluation.metrics=[auroc]"], r"evaluation.metrics: 'auroc': write module:function"),
         (["checkpoint.metric=macro.auorc"], r"checkpoint.metric=auorc: did you mean 'auroc'\?"),
         (["checkpoint.metric=policies.spamm.all.auroc"], r"policy=spamm: did you mean 'spam'\?"),

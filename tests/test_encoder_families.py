@@ -139,7 +139,7 @@ def test_a_dual_encoder_s_summaries_are_its_own(tmp_path: Path) -> None:
             encode(RawSample({"id": str(n), "labels": {}}, text=words)) for n, words in enumerate(("ab", "abcdef"))
         ]
         posts = [replace(post, images=POSTS[0].images) for post in posts]
-        batch = collate(posts, pad_id=encode.pad_id, image_size=SIZE, num_policies=2)
+        batch = collate(posts, **encode.layout)
         pixels = model.normalise(batch.pixels)
         with torch.no_grad():
             said = model.read(batch)
