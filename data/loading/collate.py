@@ -63,6 +63,9 @@ class Batch:
     text_mask: Tensor
     # bool[B]
     has_text: Tensor
+    # int32[K]: the texts' hashed character n-grams one after the other, and int32[B]: where each text's begin.
+    ngrams: Tensor
+    ngram_starts: Tensor
     # uint8[N, 3, S, S], N ≥ 1; one black image when no post has any. Channels lie last in memory.
     pixels: Tensor
     # int64[N]: the post (0 … B-1) each image belongs to; -1 for the black one.
@@ -73,9 +76,6 @@ class Batch:
     labels: Tensor
     # int64[B, L]: the field of the post that each token is of, 0 for the caption; None where only captions are read.
     segments: Tensor | None = None
-    # int32[K]: hashed character n-grams of the posts one after the other, and int32[B]: where each post's begin.
-    ngrams: Tensor | None = None
-    ngram_starts: Tensor | None = None
     # None where the model does not look at videos.
     video: Frames | None = None
     # None where it does not listen.

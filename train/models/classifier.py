@@ -120,7 +120,7 @@ class Classifier(nn.Module):
         if "text" in self.modalities:
             modalities["text"] = self._read_text(batch)
         if "ngrams" in self.modalities:
-            values = self.ngrams(given(batch.ngrams), given(batch.ngram_starts))
+            values = self.ngrams(batch.ngrams, batch.ngram_starts)
             modalities["ngrams"] = Tokens(values, batch.has_text[:, None], values[:, 0], batch.has_text)
         patches, frames = self._look(batch)
         if patches is not None:
