@@ -163,6 +163,17 @@ def test_a_dual_encoder_s_summaries_are_its_own(tmp_path: Path) -> None:
         assert (said["text"].summary[0] - said["text"].summary[1]).abs().max() > 1e-4, kind
 
 
+def test_a_checkpoint_without_a_pooler_is_the_same_whatever_the_seed(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(**WORDS), add_pooling_layer=False).save_pretrained(tmp_path)
+    config = described("text", tmp_path)
+    one, other = (build(config, seed).state_dict() for seed in (1, 2))
+    differ = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
+    assert "text.encoder.pooler.dense.weight" in one
+    assert differ == {"fusion"}
+
+
 def patches_by_hand(pixels: torch.Tensor) -> torch.Tensor:
     """[N, 3, 32, 32] → 16 patches of 8 x 8 pixels, each written out by rows, columns and channels."""
     rows = [

@@ -131,6 +131,8 @@ class WithLoss(nn.Module):
             input_ids=input_ids,
             text_mask=attention_mask.bool(),
             has_text=torch.ones(size, dtype=torch.bool),
+            ngrams=torch.zeros(0, dtype=torch.int32),
+            ngram_starts=torch.zeros(size, dtype=torch.int32),
             pixels=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
             image_post=torch.full((1,), -1),
             has_image=torch.zeros(size, dtype=torch.bool),

@@ -100,6 +100,8 @@ def new_batch() -> Batch:
         input_ids=torch.randint(0, 256, (POSTS, LENGTH), generator=draw),
         text_mask=torch.ones(POSTS, LENGTH, dtype=torch.bool),
         has_text=torch.ones(POSTS, dtype=torch.bool),
+        ngrams=torch.zeros(0, dtype=torch.int32),
+        ngram_starts=torch.zeros(POSTS, dtype=torch.int32),
         pixels=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
         image_post=torch.full((1,), -1),
         has_image=torch.zeros(POSTS, dtype=torch.bool),

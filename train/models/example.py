@@ -16,22 +16,22 @@ class PostSize:
     """How much there is of each modality in a post."""
 
     tokens: int = 1
-    ngrams: int = 1
     images: int = 1
     frames: int = 1
     recordings: int = 1
     # Of a recording.
     seconds: float = 1.0
+    ngrams: int = 1
 
     @classmethod
     def largest(cls, config: ModelConfig) -> PostSize:
         """The most that a model looks at."""
         return cls(
             tokens=config.text.length,
-            ngrams=config.ngrams.max_characters * (config.ngrams.max_n - config.ngrams.min_n + 1),
             images=config.image.max_images,
             frames=config.video.frames,
             seconds=config.audio.max_seconds,
+            ngrams=config.ngrams.max_characters * (config.ngrams.max_n - config.ngrams.min_n + 1),
         )
 
 

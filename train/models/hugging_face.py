@@ -44,8 +44,10 @@ def load_encoder(name: str, role: Role, *, pooler: bool = False) -> PreTrainedMo
         UserError: there is no such model, it reads something else, or its file lacks weights of the encoder.
     """
     key = f"model.{role}.pretrained={name}"
-    # What a fresh pooler draws must not change what is drawn after it: that depends on how the weights are read.
+    # What a fresh pooler draws must not change what is drawn after it: that depends on how the weights are read. Nor
+    # does it depend on the run's seed, so that runs of several may share embeddings that are computed once.
     with _opening(key), _quiet(), torch.random.fork_rng(devices=[]), _partitioning():
+        torch.manual_seed(0)
         config, is_part = _read_config(name, role)
         # Of a dual encoder's file only the tower's weights are read, whose names all begin alike.
         names = {rf"^{PARTS[role].replace('config', 'model')}\.": ""} if is_part else None
