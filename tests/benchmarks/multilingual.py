@@ -106,6 +106,8 @@ def best_reference(posts: Path, scored: dict[str, Predictions]) -> Predictions:
             labels = [post["labels"].get(policy) for post in train]
             known = [row for row, label in enumerate(labels) if label is not None]
             positive = [labels[row] >= 0.5 for row in known]
+            if len(set(positive)) < 2:
+                continue
             for strength in STRENGTHS:
                 for weights in WEIGHTS:
                     model = LogisticRegression(
