@@ -4,8 +4,7 @@ languages that it never saw, and under eight families of text attacks with and w
     python tests/benchmarks/multilingual.py [POSTS] [TEXT_ENCODER]
 
 POSTS is a folder of posts as JSON lines, TEXT_ENCODER one with multilingual E5 small; by default CROSSGUARD_REALDATA or
-../shared/realdata has the posts and the script that writes the encoder. Without them there is nothing to measure. Takes an
-hour of two cores; the recipe itself may take a quarter of one.
+../shared/realdata has the posts and the script that writes the encoder. Without them there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -106,6 +105,8 @@ def best_reference(posts: Path, scored: dict[str, Predictions]) -> Predictions:
             labels = [post["labels"].get(policy) for post in train]
             known = [row for row, label in enumerate(labels) if label is not None]
             positive = [labels[row] >= 0.5 for row in known]
+            if len(set(positive)) < 2:
+                continue
             for strength in STRENGTHS:
                 for weights in WEIGHTS:
                     model = LogisticRegression(
