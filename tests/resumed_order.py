@@ -42,7 +42,7 @@ class Rows:
 class Names:
     """In place of an encoder: nothing but the name."""
 
-    fingerprint, pad_id, image_size, num_policies = "names", 0, 1, 1
+    fingerprint, pad_id, image_size, num_labels = "names", 0, 1, 1
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         return EncodedSample(raw.id, "und", None, [], LABELS)

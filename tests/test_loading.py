@@ -213,21 +213,21 @@ def test_batches_without_text_or_images_have_the_same_parts() -> None:
     image = np.full((3, 4, 4), 7, dtype=np.uint8)
     bare = EncodedSample("a", "und", None, [], labels)
     full = EncodedSample("b", "de", np.array([5, 6, 7], dtype=np.int32), [image, image], labels, position=9)
-    both = collate([bare, full], pad_id=1, image_size=4, num_policies=2)
+    both = collate([bare, full], pad_id=1, image_size=4, num_labels=2)
     assert both.input_ids.tolist() == [[1, 1, 1], [5, 6, 7]]
     assert both.text_mask.tolist() == [[False] * 3, [True] * 3]
     assert both.has_text.tolist() == both.has_image.tolist() == [False, True]
     assert both.image_post.tolist() == [1, 1]
     assert both.positions.tolist() == [-1, 9]
     assert both.labels.isnan().tolist() == [[False, True]] * 2
-    alone = collate([bare], pad_id=1, image_size=4, num_policies=2)
+    alone = collate([bare], pad_id=1, image_size=4, num_labels=2)
     assert alone.input_ids.shape == (1, 1)
     assert alone.image_post.tolist() == [NO_POST]
     assert alone.pixels.shape == (1, 3, 4, 4)
     assert not alone.pixels.any()
     assert same(pickle.loads(pickle.dumps(both)), both)
     with pytest.raises(ValueError, match="the taxonomy has 3 policies"):
-        collate([bare], pad_id=1, image_size=4, num_policies=3)
+        collate([bare], pad_id=1, image_size=4, num_labels=3)
 
 
 @pytest.mark.parametrize("planned", [False, True])

@@ -49,7 +49,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(*posts: EncodedSample) -> Batch:
-    return collate(posts, pad_id=0, image_size=SIZE, num_policies=2)
+    return collate(posts, pad_id=0, image_size=SIZE, num_labels=2)
 
 
 def training_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def test_the_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it() ->
     def batch(value: int) -> torch.Tensor:
         image = np.full((3, 8, 8), value, dtype=np.uint8)
         sample = EncodedSample("a", "und", None, [image], np.zeros(1, dtype=np.float32))
-        return collate([sample], pad_id=0, image_size=8, num_policies=1).pixels
+        return collate([sample], pad_id=0, image_size=8, num_labels=1).pixels
 
     kept = [batch(value)[:, :, 2:] for value in range(10)]
     assert [int(part.unique()) for part in kept] == list(range(10))

@@ -67,7 +67,7 @@ def post(number: int, tokens: int, images: int) -> EncodedSample:
 
 
 def batch_of(*posts: EncodedSample, **layout: Any) -> Batch:
-    return collate(posts, pad_id=0, image_size=SIZE, num_policies=2, **layout)
+    return collate(posts, pad_id=0, image_size=SIZE, num_labels=2, **layout)
 
 
 # Every shape of post: both, long text alone, images alone, nothing at all, one token and several images.

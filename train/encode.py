@@ -66,11 +66,11 @@ class PostEncoder:
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.video = config.video if "video" in config.modalities else None
         self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
-        self.num_policies = taxonomy.num_labels
+        self.num_labels = taxonomy.num_labels
         self.layout: Layout = {
             "pad_id": self.tokenizer.pad_id,
             "image_size": config.image.size,
-            "num_policies": self.num_policies,
+            "num_labels": self.num_labels,
             "frame_size": config.frame_encoder.size if self.video else None,
             "silence": self.hearing.silence if self.hearing else None,
         }

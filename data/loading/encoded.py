@@ -52,7 +52,7 @@ class Layout(TypedDict):
 
     pad_id: int
     image_size: int
-    num_policies: int
+    num_labels: int
     frame_size: int | None
     silence: np.ndarray | None
 
@@ -85,7 +85,7 @@ def stack(
     *,
     pad_id: int,
     image_size: int,
-    num_policies: int,
+    num_labels: int,
     frame_size: int | None = None,
     silence: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def stack(
         samples: at least one.
         pad_id: token id that fills rows up.
         image_size: side S of the images, for a batch that has none.
-        num_policies: length P of the label vectors.
+        num_labels: length L of the label vectors.
         frame_size: side of videos' frames, for a batch that has none; None where videos are not looked at.
         silence: for a batch without sound; None where nothing is listened to.
     """
@@ -104,8 +104,8 @@ def stack(
     images = [(row, image.transpose(1, 2, 0)) for row, sample in enumerate(samples) for image in sample.images]
     images = images or [(NO_POST, _black(image_size))]
     labels = np.stack([sample.labels for sample in samples]).astype(np.float32, copy=False)
-    if labels.shape != (len(samples), num_policies):
-        raise ValueError(f"labels have shape {labels.shape[1:]}, the taxonomy has {num_policies} policies")
+    if labels.shape != (len(samples), num_labels):
+        raise ValueError(f"labels have shape {labels.shape[1:]}, the taxonomy has {num_labels} labels")
     arrays = {
         "ids": [sample.id for sample in samples],
         "languages": [sample.language for sample in samples],

@@ -139,7 +139,7 @@ def _predictions(taxonomy: Taxonomy, batch: Batch, logits: torch.Tensor) -> Pred
 
 def filler(encode: PostEncoder, embeddings: Embeddings | None = None) -> Batch:
     """A batch of one empty post, for a rank that has none left; what the model says of it is thrown away."""
-    empty = EncodedSample("", "und", None, [], np.full(encode.num_policies, np.nan, dtype=np.float32))
+    empty = EncodedSample("", "und", None, [], np.full(encode.num_labels, np.nan, dtype=np.float32))
     batch = collate([empty], **encode.layout)
     if embeddings is not None:
         batch.embeddings = {name: torch.from_numpy(array) for name, array in embeddings.blank().items()}
