@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from orders import mixed_config, skewed_layout
 
-from crossguard.data.loading.encoded import NO_POSITION, EncodedSample
+from crossguard.data.loading.encoded import NO_POSITION, EncodedSample, Layout
 from crossguard.data.loading.loader import TrainLoader
 from crossguard.data.loading.order import SampleOrder
 from crossguard.data.loading.reader import SampleError
@@ -42,12 +42,13 @@ class Rows:
 class Names:
     """In place of an encoder: nothing but the name."""
 
-    fingerprint, pad_id, image_size, num_labels = "names", 0, 1, 1
+    fingerprint = "names"
+    layout: Layout = {"pad_id": 0, "image_size": 1, "num_labels": 1, "frame_size": None, "silence": None}
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         return EncodedSample(raw.id, "und", None, [], LABELS)
 
-    def text_length(self, text: str | None) -> int:
+    def text_length(self, raw: RawSample) -> int:
         return 0
 
 

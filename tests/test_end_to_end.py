@@ -37,7 +37,10 @@ def test_the_run_directory_holds_what_the_contract_names(workspace: Path) -> Non
     ):
         assert (run_dir / name).is_file(), name
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004"
-    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
+    # Of training and of the evaluation, in one run.
+    tracked = [folder.name.rpartition("-")[2] for folder in (run_dir / "wandb").glob("offline-run-*")]
+    assert len(tracked) == 2
+    assert len(set(tracked)) == 1
     assert not (workspace / "posts" / "runs").exists()
 
 

@@ -226,7 +226,7 @@ def test_batches_without_text_or_images_have_the_same_parts() -> None:
     assert alone.pixels.shape == (1, 3, 4, 4)
     assert not alone.pixels.any()
     assert same(pickle.loads(pickle.dumps(both)), both)
-    with pytest.raises(ValueError, match="the taxonomy has 3 policies"):
+    with pytest.raises(ValueError, match="the taxonomy has 3 labels"):
         collate([bare], pad_id=1, image_size=4, num_labels=3)
 
 
