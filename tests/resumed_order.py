@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from orders import mixed_config, skewed_layout
@@ -43,7 +43,7 @@ class Names:
     """In place of an encoder: nothing but the name."""
 
     fingerprint = "names"
-    layout: Layout = {"pad_id": 0, "image_size": 1, "num_labels": 1, "frame_size": None, "silence": None}
+    layout: ClassVar[Layout] = {"pad_id": 0, "image_size": 1, "num_labels": 1, "frame_size": None, "silence": None}
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         return EncodedSample(raw.id, "und", None, [], LABELS)

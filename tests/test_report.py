@@ -91,12 +91,12 @@ def write_suite(file: Path) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("report")
+def evaluated(folder: Path) -> Config:
+    """A run whose report has every section."""
     config = make_config(write_posts(folder / "posts"), folder / "run")
     config.evaluation.attacks = ["swaps", "leetspeak"]
     config.evaluation.suite = str(write_suite(folder / "suite.jsonl"))
+    config.evaluation.modality_subsets = True
     config.tracker.name, config.tracker.mode = "wandb", "offline"
     make_run(config)
     add_ablation(config, "text_only", ["text"])
@@ -107,6 +107,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     run_evaluation(config, ALONE)
     return config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return evaluated(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import PROGRAM, Browser, browsing
-from conftest import write_posts
-from evaluation_job import ALONE, make_config, make_run
-from test_report import SECTIONS, write_suite
-
-from crossguard.train.evaluation.stage import run_evaluation
+from test_report import SECTIONS, evaluated
 
 pytestmark = pytest.mark.skipif(
     shutil.which(PROGRAM) is None, reason=f"needs {PROGRAM} (a Debian package; make test-browser installs it)"
@@ -34,12 +30,7 @@ CONTRAST = """
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    config = make_config(write_posts(folder / "posts"), folder / "run")
-    config.evaluation.suite = str(write_suite(folder / "suite.jsonl"))
-    make_run(config)
-    run_evaluation(config, ALONE)
-    return folder / "run" / "report" / "report.html"
+    return Path(evaluated(tmp_path_factory.mktemp("report")).run_dir) / "report" / "report.html"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def test_the_page_is_readable_and_silent(browser: Browser, report: Path, width: int, dark: bool) -> None:
     browser.open(report, width, dark=dark)
     height = "document.getElementById('{}').getBoundingClientRect().height"
-    assert [name for name in SECTIONS if name != "training" and not browser.evaluate(height.format(name)) > 50] == []
+    assert [name for name in SECTIONS if not browser.evaluate(height.format(name)) > 50] == []
     # Nothing is cut off: wide tables scroll in their own boxes.
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate("parseFloat(getComputedStyle(document.querySelector('main p')).fontSize)") >= 14
