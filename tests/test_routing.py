@@ -98,7 +98,7 @@ def test_a_suite_is_decided_where_validation_has_its_best_f1() -> None:
 
 def test_the_worst_errors_are_named_by_id() -> None:
     posts = make_predictions(300)
-    found = {(one["policy"], one["kind"]): one["posts"] for one in worst_errors(posts)}
+    found = {(one["policy"], one["kind"]): one["posts"] for one in worst_errors(posts, None)}
     assert len(found) == 4
     for (policy, kind), named in found.items():
         column = posts.policies.index(policy)
@@ -106,5 +106,5 @@ def test_the_worst_errors_are_named_by_id() -> None:
         rows = labels >= 0.5 if kind == "violating" else labels < 0.5
         scores = np.sort(posts.scores[rows, column])
         expected = scores[:MOST_ERRORS] if kind == "violating" else scores[::-1][:MOST_ERRORS]
-        assert [score for _, _, score in named] == expected.tolist()
-    assert worst_errors(posts.take([])) == []
+        assert [post["score"] for post in named] == expected.tolist()
+    assert worst_errors(posts.take([]), None) == []

@@ -14,14 +14,12 @@ from media_posts import layout, media_config, media_post
 from rank_models import alone
 from rank_training import arguments, token_lengths, write_shards
 from test_planning import MODELS, config_of
-from tiny_models import BOTH, NEITHER, ONLY_IMAGES, POSTS, SIZE, TAXONOMY
+from tiny_models import BOTH, NEITHER, ONLY_IMAGES, POSTS, TAXONOMY, batch_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossguard.configs.compose import compose, group_choices
 from crossguard.configs.gpus import figures_of
-from crossguard.data.loading.collate import Batch, collate
-from crossguard.data.loading.encoded import EncodedSample
 from crossguard.train import phase_times, phases
 from crossguard.train.compute import Compute, find_compute
 from crossguard.train.models import build_model
@@ -46,10 +44,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = ["train.max_steps=8", "train.profile=true", "evaluation.every_steps=3", "checkpoint.every_steps=5"]
     run_training(compose(arguments(folder, "run", *overrides)), alone())
     return folder
-
-
-def batch_of(*posts: EncodedSample) -> Batch:
-    return collate(posts, pad_id=0, image_size=SIZE, num_labels=2)
 
 
 def training_lines(run_dir: Path) -> list[dict[str, Any]]:
