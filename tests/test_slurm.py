@@ -160,16 +160,16 @@ def test_a_job_that_makes_room_for_an_urgent_one_comes_back(cluster: Cluster, ex
 @pytest.mark.launchers
 def test_ranks_that_died_on_one_node_start_again(cluster: Cluster, expected: list[float]) -> None:
     """Those of the other node, which cannot know, are ended in time."""
-    waits = cluster.folder / "died-waits"
-    number = cluster.submit("died", wait_in(waits, 1), "launcher.max_restarts=1")
-    cluster.wait_until_started("died", waits / "waiting-0")
-    ranks = [process for process in psutil.process_iter(["cmdline"]) if _is_rank(process, str(cluster.folder / "died"))]
+    waits = cluster.folder / "lost-waits"
+    number = cluster.submit("lost", wait_in(waits, 1), "launcher.max_restarts=1")
+    cluster.wait_until_started("lost", waits / "waiting-0")
+    ranks = [process for process in psutil.process_iter(["cmdline"]) if _is_rank(process, str(cluster.folder / "lost"))]
     killed = [rank for rank in ranks if rank.environ()["SLURM_NODEID"] == "1"]
     assert len(killed) == 1
     killed[0].kill()
-    cluster.wait_until_done(number, "died")
-    assert "a rank was ended by SIGKILL (is memory short?); restart 1 of 1" in cluster.ask("logs", "died")
-    assert losses(cluster.folder, "died") == expected
+    cluster.wait_until_done(number, "lost")
+    assert "a rank was ended by SIGKILL (is memory short?); restart 1 of 1" in cluster.ask("logs", "lost")
+    assert losses(cluster.folder, "lost") == expected
 
 
 @pytest.mark.launchers
