@@ -147,7 +147,8 @@ def test_a_job_that_makes_room_for_an_urgent_one_comes_back(cluster: Cluster, ex
     waits = cluster.folder / "preempted-waits"
     number = cluster.submit("preempted", wait_in(waits, 1))
     cluster.wait_until_started("preempted", waits / "waiting-0")
-    urgent = _slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true").strip()
+    silent = ("--output=/dev/null", "--wrap=true")
+    urgent = _slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", *silent).strip()
     cluster.begin_again(number, "preempted")
     cluster.wait_until_done(number, "preempted")
     assert cluster.state(urgent) == "COMPLETED"
