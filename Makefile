@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-launchers test-browser unit unit-training unit-waiting soak lint bench constraints clean
+.PHONY: setup demo test test-launchers test-browser unit unit-waiting soak lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -28,19 +28,12 @@ demo: setup
 WAITING := $(addprefix tests/test_,build_kills.py finetuning.py guards.py kubernetes.py launchers.py launching.py \
 	nodes.py preemption.py restarts.py slurm.py soak.py)
 
-# Tests that train, for the most part, in processes of their own.
-TRAINING := $(addprefix tests/test_,checkpoint.py checkpoint_copies.py checkpoint_saving.py embeddings.py engine.py \
-	media_job.py refusals.py resume.py start_from.py terms.py)
-
 # Side by side: types are checked, and some tests run, while others wait.
 test: setup
-	$(MAKE) --no-print-directory --jobs 4 lint unit unit-training unit-waiting
+	$(MAKE) --no-print-directory --jobs 3 lint unit unit-waiting
 
 unit: setup
-	$(BIN)/pytest $(patsubst %,--ignore=%,$(WAITING) $(TRAINING))
-
-unit-training: setup
-	$(BIN)/pytest $(TRAINING)
+	$(BIN)/pytest $(WAITING:%=--ignore=%)
 
 unit-waiting: setup
 	$(BIN)/pytest $(WAITING)
