@@ -26,8 +26,9 @@ SEAMS: dict[str, tuple[ModelConfig, list[str]]] = {
 }
 
 
-def job(folder: Path, name: str, model: ModelConfig = MODEL, stage: int = 0, **train: Any) -> Config:
-    """A job of 6 steps on the posts of `folder`, with two evaluations."""
+def job(folder: Path, name: str, model: ModelConfig = MODEL, stage: int = 0, every: int = 3, **train: Any) -> Config:
+    """A job on the posts of `folder`, by default of 6 steps, with an evaluation and a checkpoint every 3; 0: none on the
+    way."""
     settings = {"max_steps": 6, "batch_size": 8, "lr": 2e-2, "warmup_steps": 0, "num_workers": 0, **train}
     return make_config(
         folder / "posts",
@@ -35,8 +36,8 @@ def job(folder: Path, name: str, model: ModelConfig = MODEL, stage: int = 0, **t
         data=DataConfig(path=str(folder / "posts"), shards=str(folder / "shards")),
         model=model,
         train=TrainConfig(log_samples=True, **settings),
-        evaluation=EvaluationConfig(every_steps=3, batch_size=8, min_positives=2),
-        checkpoint=CheckpointConfig(every_steps=3),
+        evaluation=EvaluationConfig(every_steps=every, batch_size=8, min_positives=2),
+        checkpoint=CheckpointConfig(every_steps=every),
         zero=ZeroConfig(stage=stage),
         ablations={},
     )

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_posts
-from evaluation_job import ALONE, MODEL, make_config
+from embeddings_job import job
+from evaluation_job import ALONE, MODEL
 from rank_models import alone, run_ranks
 from rank_pretrained import OFFLOADS
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from tiny_models import IMAGES, POSTS, TAXONOMY, VIT, batch_of, model_config
 from torch._dynamo.utils import counters
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema import CheckpointConfig, Config, DataConfig, EvaluationConfig, TrainConfig, ZeroConfig
+from crossguard.configs.schema import Config
 from crossguard.configs.schema.encoders import LoraConfig
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.shards.build import build_shards
@@ -137,28 +138,12 @@ def with_lora(model: ModelConfig, **lora: Any) -> ModelConfig:
     return replace(model, text=replace(model.text, lora=adapters), image=replace(model.image, lora=adapters))
 
 
-def job(folder: Path, name: str, model: ModelConfig, stage: int, validate_at: int = 0, **train: Any) -> Config:
-    """A job on the posts of `folder`; it trains for 6 steps by default."""
-    settings = {"max_steps": 6, "batch_size": 8, "lr": 2e-2, "warmup_steps": 0, "num_workers": 0, **train}
-    return make_config(
-        folder / "posts",
-        folder / name,
-        data=DataConfig(path=str(folder / "posts"), shards=str(folder / "shards")),
-        model=model,
-        train=TrainConfig(**settings),
-        evaluation=EvaluationConfig(every_steps=validate_at, batch_size=8, min_positives=2),
-        checkpoint=CheckpointConfig(every_steps=0),
-        zero=ZeroConfig(stage=stage),
-        ablations={},
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Posts and their shards."""
     folder = tmp_path_factory.mktemp("jobs")
     write_posts(folder / "posts", 120)
-    build_shards(job(folder, "build", MODEL, 0), folder / "shards", folder / "quarantine.jsonl")
+    build_shards(job(folder, "build", MODEL, 0, 0), folder / "shards", folder / "quarantine.jsonl")
     return folder
 
 
@@ -178,7 +163,7 @@ def metrics_of(config: Config) -> tuple[float, float]:
 def test_adapters_and_averages_through_the_whole_job(folder: Path) -> None:
     """Validation, report, bundle and prediction all use the averaged weights; the bundle is a plain model."""
     settings = {"ema_decay": 0.9, "gradient_checkpointing": True, "layer_decay": 0.9}
-    config = job(folder, "adapted", with_lora(MODEL), 2, validate_at=6, **settings)
+    config = job(folder, "adapted", with_lora(MODEL), 2, every=6, **settings)
     run_dir = Path(config.run_dir)
     run_training(config, alone())
     run_evaluation(config, ALONE)
@@ -215,10 +200,10 @@ def test_a_pretrained_encoder_through_stages_3_and_0(folder: Path) -> None:
     pretrained = pretrained_config(folder)
     text = replace(pretrained.text, pretrained=str(folder / "encoder"))
     model, settings = replace(pretrained, text=text), {"schedule_steps": 6}
-    whole = job(folder, "whole", model, 0, **settings)
+    whole = job(folder, "whole", model, 0, 0, **settings)
     run_training(whole, alone())
-    run_training(job(folder, "parts", model, 3, max_steps=3, **settings), alone())
-    parts = job(folder, "parts", model, 0, **settings)
+    run_training(job(folder, "parts", model, 3, 0, max_steps=3, **settings), alone())
+    parts = job(folder, "parts", model, 0, 0, **settings)
     run_training(parts, alone())
     assert len(losses_of(whole)) == 6
     assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-6)
@@ -226,12 +211,12 @@ def test_a_pretrained_encoder_through_stages_3_and_0(folder: Path) -> None:
 
 def test_compiled_towers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced whole and for every length; by hand with torch's own code generator, which takes a minute."""
-    plain = job(folder, "plain", MODEL, 1)
+    plain = job(folder, "plain", MODEL, 1, 0)
     run_training(plain, alone())
     traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     counters.clear()
-    compiled = job(folder, "compiled", MODEL, 1, compile=True)
+    compiled = job(folder, "compiled", MODEL, 1, 0, compile=True)
     run_training(compiled, alone())
     # Each tower, forward alone and with a backward pass, at most.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from crossguard.configs.errors import UserError
@@ -22,6 +23,11 @@ from crossguard.configs.schema.video import VideoEncoderConfig
 ENCODED = ("text", "image", "video", "audio")
 # `ngrams` reads the same text as `text`, alone or beside it.
 MODALITIES = ("text", "ngrams", "image", "video", "audio")
+
+
+def source_of(modality: str, modalities: Collection[str]) -> str:
+    """The modality that a post has or lacks together with this one: n-grams are of the text, where that is read too."""
+    return "text" if modality == "ngrams" and "text" in modalities else modality
 
 
 @dataclass

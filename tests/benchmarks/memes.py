@@ -4,7 +4,7 @@
 
 POSTS is a file of memes as JSON lines, TEXT_ENCODER a folder with multilingual E5 small, IMAGE_ENCODER one with a vision
 encoder; by default CROSSGUARD_REALDATA or ../shared/realdata has the posts and the script that writes the first encoder, and
-`opennsfw_folder.py` writes the second. Without them there is nothing to measure. Takes a quarter of an hour of two cores.
+`opennsfw_folder.py` writes the second. Without them there is nothing to measure.
 """
 
 from __future__ import annotations

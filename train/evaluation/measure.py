@@ -12,6 +12,7 @@ import numpy as np
 
 from crossguard.configs.schema import Config
 from crossguard.configs.schema.mixing import OWN
+from crossguard.configs.schema.model import source_of
 from crossguard.data.loading.plan import open_folders
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.files import write_atomic
@@ -180,7 +181,9 @@ def _subsets(config: Config, scored: Scored, subsets: Mapping[tuple[str, ...], P
     """The same posts from some of their modalities: the fewest first, all of them last."""
     split = shown_split(scored)
     measured = []
-    for modalities, predictions in {**subsets, tuple(config.model.modalities): scored[split]}.items():
+    every = config.model.modalities
+    own = tuple(name for name in every if source_of(name, every) == name)
+    for modalities, predictions in {**subsets, own: scored[split]}.items():
         found = evaluate_predictions(predictions, replace(config.evaluation, slices=[]), in_detail=True)
         policies = {policy: {"all": result["all"]} for policy, result in found["policies"].items()}
         macro = {"macro": found["macro"]} if "macro" in found else {}

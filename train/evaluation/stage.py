@@ -15,6 +15,7 @@ from torch import nn
 from crossguard.configs.resume import check_same_model
 from crossguard.configs.saved import as_plain, load_config
 from crossguard.configs.schema import Config, ModelConfig
+from crossguard.configs.schema.model import source_of
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.data.taxonomy import Taxonomy
@@ -153,11 +154,12 @@ class Scorer:
     def score_subsets(self, posts: Posts) -> dict[tuple[str, ...], Predictions]:
         """Predictions on the test split (or the first) from every choice of the modalities but all of them."""
         split, every = shown_split(posts.splits), self.model.modalities
-        kept = [names for count in range(1, len(every)) for names in itertools.combinations(every, count)]
+        own = [name for name in every if source_of(name, every) == name]
+        kept = [names for count in range(1, len(own)) for names in itertools.combinations(own, count)]
         refused: list[dict[str, Any]] = []  # Named already.
         scored = {}
         for names in kept:
-            withheld = Withheld(self.model, set(every) - set(names))
+            withheld = Withheld(self.model, {name for name in every if source_of(name, every) not in names})
             what = f"{split}, {' + '.join(names)} alone"
             scored[names] = self._score(posts.readers[split], posts.rows[split], what, refused, model=withheld)
         return scored

@@ -7,6 +7,7 @@ of one that a post lacks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import cast
 
@@ -18,7 +19,7 @@ from crossguard.train.models.attention import Block, CrossBlock
 from crossguard.train.models.tokens import Tokens
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """Tokens of every modality in, one vector a post out: what all kinds share."""
 
     output_width: int
@@ -37,9 +38,9 @@ class Fusion(nn.Module):
         # Stands in the place of a modality that a post lacks.
         self.absent = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.02) for name in widths})
 
+    @abstractmethod
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         """Tokens by modality, in the order of `widths` → float[B, output_width]."""
-        raise NotImplementedError
 
     def summaries(self, modalities: dict[str, Tokens]) -> list[Tensor]:
         """Each modality in one vector, float[B, width]."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from crossguard.configs.schema.model import source_of
 from crossguard.train.models.tokens import Tokens
 
 # Constants of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), signed.
@@ -31,8 +32,7 @@ def drop_modalities(
         seed: of the training.
     """
     draws = _mix(positions * 2 + _mix(torch.tensor(seed, device=positions.device)))
-    together = {"ngrams": "text"} if "text" in modalities else {}
-    drawn_for = [name for name in modalities if name not in together]
+    drawn_for = [name for name in modalities if source_of(name, modalities) == name]
     present = torch.stack([modalities[name].present for name in drawn_for], dim=1)
     count = present.sum(1)
     chosen = (_unit(draws) < probability) & (count > 1)
@@ -41,7 +41,7 @@ def drop_modalities(
     bits = (drawn[:, None] >> (present.cumsum(1) - 1).clamp(min=0)) & 1
     lost = dict(zip(drawn_for, (chosen[:, None] & present & bits.bool()).unbind(1), strict=True))
     return {
-        name: replace(tokens, present=tokens.present & ~lost[together.get(name, name)])
+        name: replace(tokens, present=tokens.present & ~lost[source_of(name, modalities)])
         for name, tokens in modalities.items()
     }
 
