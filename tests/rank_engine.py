@@ -19,7 +19,7 @@ from crossguard.train.engine import Engine
 from crossguard.train.fragments import WEIGHT, held_fragments
 from crossguard.train.models.ngrams import NgramTower
 from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
-from crossguard.train.ranks import Ranks, end_process, init_ranks
+from crossguard.train.ranks import MOST_GATHERED, Ranks, end_process, init_ranks
 
 STEPS = 4
 
@@ -77,12 +77,14 @@ def check_norms(engine: Engine) -> None:
     ours, own = vars(optimizer)[name], getattr(type(optimizer), name)
 
     def checked() -> Any:
-        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as talk:
+        with (
+            patch.object(dist, "all_gather", wraps=dist.all_gather) as our_talk,
+            patch.object(dist, "all_reduce", wraps=dist.all_reduce) as own_talk,
+        ):
             norms = ours()
-            talks = talk.call_count
+            assert not own_talk.called
             assert norms == own(optimizer)
-        world_size = engine.ranks.world_size
-        assert (talks, talk.call_count) == (int(world_size > 1), int(world_size > 1) + 2)
+        assert (our_talk.call_count, own_talk.call_count) == (int(engine.ranks.world_size > 1), 2)
         return norms
 
     setattr(optimizer, name, checked)
@@ -121,9 +123,20 @@ def largest_difference(engine: Engine, whole: dict[str, torch.Tensor]) -> float:
     )
 
 
+def check_sums(ranks: Ranks) -> None:
+    """Few numbers and many are summed up over ranks, in place, whatever their shape and type."""
+    whole = sum(range(1, ranks.world_size + 1))
+    for value in (torch.tensor(1), torch.ones(2, 3, dtype=torch.float64), torch.ones(MOST_GATHERED + 1)):
+        expected = value * whole
+        value *= ranks.rank + 1
+        assert ranks.sum(value) is value
+        assert value.equal(expected)
+
+
 def main(output: str) -> None:
     """Write, for each case, how far the engine is from the bare loop."""
     ranks = init_ranks()
+    check_sums(ranks)
     found = {}
     for name, (build, precision) in CASES.items():
         weights, losses, norms = reference(build(), precision)

@@ -25,6 +25,9 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=12)
 # All ranks are started together; what answers at the address but is no store of theirs is found out by this.
 JOIN_TIMEOUT = timedelta(minutes=10)
+# So many numbers are summed up on the CPU by sending each rank's to all others: gloo's all-reduce cuts even a small
+# tensor into two pieces a rank and passes each around twice, which costs a multiple of that.
+MOST_GATHERED = 256
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Ranks:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all ranks, in place."""
         if self.world_size > 1:
+            if value.device.type == "cpu" and value.numel() <= MOST_GATHERED:
+                parts = [torch.empty_like(value) for _ in range(self.world_size)]
+                dist.all_gather(parts, value, group=self.group)
+                return value.copy_(torch.stack(parts).sum(0))
             dist.all_reduce(value, group=self.group)
         return value
 
