@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -37,7 +38,7 @@ from torch.distributed import TCPStore
 
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.launchers import processes
-from crossguard.recipes import cli, stages  # noqa: F401
+from crossguard.recipes import commands, stages  # noqa: F401
 from crossguard.train import training  # noqa: F401
 from crossguard.train.evaluation import stage  # noqa: F401
 
@@ -251,6 +252,8 @@ if __name__ == "__main__":
     # A fork has one thread: what another one was doing would never be finished. pyarrow's memory is made for forks.
     assert threads() <= {"jemalloc_bg_thd"}, threads()
     Pool.descriptors = frozenset(open_descriptors() - {int(sys.argv[1])})
+    # What is imported stays: no fork looks through it for garbage, as DeepSpeed asks for at every start of stage 3.
+    gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
     with contextlib.suppress(ChildProcessError):
         while os.wait():  # They have heard of it, too.
