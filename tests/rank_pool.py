@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import transformers.models.bert.modeling_bert
 import transformers.models.vit.modeling_vit  # noqa: F401
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch.distributed import TCPStore
 
 from crossguard.configs.parent_death import die_with_parent
@@ -247,8 +246,6 @@ def send(talk: socket.socket, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # Ranks find the operator loaded.
-    ShareMemCommBuilder().load(verbose=False)
     # A fork has one thread: what another one was doing would never be finished. pyarrow's memory is made for forks.
     assert threads() <= {"jemalloc_bg_thd"}, threads()
     Pool.descriptors = frozenset(open_descriptors() - {int(sys.argv[1])})
