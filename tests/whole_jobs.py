@@ -48,7 +48,7 @@ SMALLER = {
 }
 # What `make setup` and `make test` do is what installs and runs this file.
 NOT_RUN_HERE = {"make test"}
-FORKED = {"run", "build", "train", "evaluate", "export", "predict"}
+FORKED = {"run", "build", "train", "evaluate", "export", "predict", "plan", "launch"}
 SECONDS = 280
 
 
