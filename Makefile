@@ -8,17 +8,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 setup: $(VENV)/.ready
 
-# DeepSpeed builds the operator that its ranks talk through on CPU when it is first used: that minute belongs here.
-PREBUILD := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()
-
-# torch first: another package's looser range would pull a build of several GB.
+# torch first: another package's looser range would pull a build of several GB. What pip would compile file by file is
+# compiled on all cores; packages hold files for other Pythons, which cannot be.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crossguard needs Python 3.11 or newer: make PYTHON=python3.11 …")'
-	@echo "setting up $(VENV): about a minute for the packages, and one for DeepSpeed's operator"
+	@echo "setting up $(VENV): about a minute"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c '$(PREBUILD)' >/dev/null
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: setup

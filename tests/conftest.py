@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -15,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
+from rank_jobs import POOL, pool
 from s3_server import moto, server  # noqa: F401
 
 if TYPE_CHECKING:
     from launched_job import Launched
 
 # One thread a process, as ranks have it: results then do not depend on the machine's cores. CUDA is hidden, since what
-# the tests compare was computed on CPU. The environment's programs come first: DeepSpeed builds its operator anew when
-# it finds another ninja than before.
+# the tests compare was computed on CPU. The environment's programs come first, where nobody has activated it.
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -91,8 +92,12 @@ class WholeJobs:
     def __init__(self, folder: Path, *arguments: str):
         self.folder, self._said = folder, folder / "said.txt"
         line = [sys.executable, str(Path(__file__).with_name("whole_jobs.py")), str(folder), *arguments]
+        given = pool().fileno()
+        environment = os.environ | {POOL: str(given)}
         with self._said.open("w") as said:
-            self._process = subprocess.Popen(line, stdout=said, stderr=said, start_new_session=True)
+            self._process = subprocess.Popen(
+                line, stdout=said, stderr=said, env=environment, pass_fds=[given], start_new_session=True
+            )
 
     def outcomes(self, name: str) -> dict[str, subprocess.CompletedProcess[str]]:
         """Wait for the commands of a part; how each ended."""
@@ -115,7 +120,9 @@ JOBS = pytest.StashKey[WholeJobs]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What takes longest begins at once, beside the other tests."""
+    """What takes longest begins at once, beside the other tests. What is imported is never looked through for garbage:
+    DeepSpeed asks for that at every start."""
+    gc.freeze()
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if wanted & {"workspace", "readme"} and not session.config.option.collectonly:
         folder = session.config._tmp_path_factory.mktemp("jobs")  # type: ignore[attr-defined]

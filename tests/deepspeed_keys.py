@@ -1,12 +1,13 @@
 """Which keys the installed DeepSpeed reads from its configuration, found by watching it read.
 
-`python tests/deepspeed_keys.py` writes the snapshot that a misspelled key under `zero.deepspeed` is checked against.
+`python tests/deepspeed_keys.py [FILE]` writes the snapshot that a misspelled key under `zero.deepspeed` is checked against.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,4 +122,6 @@ def installed_keys() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    SNAPSHOT.write_text(json.dumps(installed_keys(), indent=1, sort_keys=True) + "\n")
+    (Path(sys.argv[1]) if sys.argv[1:] else SNAPSHOT).write_text(
+        json.dumps(installed_keys(), indent=1, sort_keys=True) + "\n"
+    )

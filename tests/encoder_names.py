@@ -1,6 +1,6 @@
 """The names that the encoders of the installed transformers know: of their settings and of their parameters.
 
-`python tests/encoder_names.py` writes the snapshot that `model.*.config` and `train.freeze` are checked against.
+`python tests/encoder_names.py [FILE]` writes the snapshot that `model.*.config` and `train.freeze` are checked against.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,4 +163,4 @@ def _joined(names: set[str]) -> str:
 
 
 if __name__ == "__main__":
-    SNAPSHOT.write_text(json.dumps(installed_names(), indent=1) + "\n")
+    (Path(sys.argv[1]) if sys.argv[1:] else SNAPSHOT).write_text(json.dumps(installed_names(), indent=1) + "\n")

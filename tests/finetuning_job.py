@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,6 +127,7 @@ def classifier(config: Config) -> Classifier:
 
 def loop_of(config: Config, ranks: Ranks, model: Classifier | None = None) -> TrainLoop:
     """The real loop around a fresh engine."""
+    gc.freeze()  # DeepSpeed keeps what earlier engines held, and would look through all of it for garbage.
     size, _ = micro_batches(POSTS, ranks.world_size, config.train.micro_batch_size)
     engine = Engine(model or classifier(config), config, ranks, size)
     nothing: Any = None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from conftest import run_command
+from rank_jobs import run_crossguard
 from rank_training import arguments, write_shards
 
 HERE = Path(__file__).parent
@@ -47,5 +47,5 @@ class Launched:
     @cached_property
     def expected(self) -> list[float]:
         """The losses of two local ranks."""
-        run_command(["crossguard", "train", *job(self.folder, "local", "launcher.num_procs=2")], HERE)
+        run_crossguard(["train", *job(self.folder, "local", "launcher.num_procs=2")], HERE)
         return losses(self.folder, "local")

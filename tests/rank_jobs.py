@@ -18,11 +18,15 @@ from pathlib import Path
 from types import TracebackType
 
 _LOCK = threading.Lock()
+# Names the descriptor of a pool that another process has started, in whose stead this one asks.
+POOL = "RANK_POOL"
 
 
 @cache
-def _pool() -> socket.socket:
-    """Start the pool of this process; it ends with it."""
+def pool() -> socket.socket:
+    """Start the pool of this process, which ends with it; or take the one that it was given."""
+    if given := os.environ.pop(POOL, None):
+        return socket.socket(fileno=int(given))
     ours, theirs = socket.socketpair()
     with theirs:
         program = str(Path(__file__).with_name("rank_pool.py"))
@@ -59,7 +63,7 @@ class RankJob:
         self._talk, theirs = socket.socketpair()
         with theirs, _LOCK:
             given = [theirs.fileno(), self._out.fileno(), self._errors.fileno()]
-            socket.send_fds(_pool(), [b"."], given)
+            socket.send_fds(pool(), [b"."], given)
         request = {"line": list(line), "ranks": ranks, "cwd": str(cwd or Path.cwd())}
         self._send(request | {"environment": {**os.environ, **(environment or {})}})
         self._unread = b""
@@ -137,6 +141,16 @@ class RankJob:
 def _content(file: int) -> str:
     # Processes write where the file stands, which reading must not move.
     return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+
+def run_crossguard(
+    arguments: Sequence[str], cwd: Path, *, status: int | None = 0, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """`crossguard ARGUMENTS` as a process of its own, forked, as are the ranks that it starts; by default it must succeed."""
+    with RankJob(["-m", "crossguard.recipes.cli", *arguments], 0, cwd=cwd) as job:
+        (ended,) = job.wait(timeout)
+        assert status is None or ended == status, f"{arguments}\n{job.said()}"
+        return subprocess.CompletedProcess(list(arguments), ended, job.printed, job.errors)
 
 
 def alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -32,12 +33,11 @@ import numpy as np
 import torch
 import transformers.models.bert.modeling_bert
 import transformers.models.vit.modeling_vit  # noqa: F401
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch.distributed import TCPStore
 
 from crossguard.configs.parent_death import die_with_parent
 from crossguard.launchers import processes
-from crossguard.recipes import cli, stages  # noqa: F401
+from crossguard.recipes import commands, stages  # noqa: F401
 from crossguard.train import training  # noqa: F401
 from crossguard.train.evaluation import stage  # noqa: F401
 
@@ -246,11 +246,11 @@ def send(talk: socket.socket, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # Ranks find the operator loaded.
-    ShareMemCommBuilder().load(verbose=False)
     # A fork has one thread: what another one was doing would never be finished. pyarrow's memory is made for forks.
     assert threads() <= {"jemalloc_bg_thd"}, threads()
     Pool.descriptors = frozenset(open_descriptors() - {int(sys.argv[1])})
+    # What is imported stays: no fork looks through it for garbage, as DeepSpeed asks for at every start of stage 3.
+    gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
     with contextlib.suppress(ChildProcessError):
         while os.wait():  # They have heard of it, too.

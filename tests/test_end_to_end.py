@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_command, write_posts
+from conftest import write_posts
+from rank_jobs import run_crossguard
 from whole_jobs import SMALL
 
 RUN = ["recipe=my_posts.yaml", *SMALL]
@@ -62,7 +63,7 @@ def test_each_step_stands_once_and_the_samples_are_those_of_the_preview(workspac
     )
     ranks = [_lines(file) for file in sorted((run_dir / "samples").iterdir())]
     for step, of_ranks in enumerate(zip(*ranks, strict=True), 1):
-        done = run_command(["crossguard", "shards", "preview", *RUN, f"step={step}"], workspace)
+        done = run_crossguard(["shards", "preview", *RUN, f"step={step}"], workspace)
         assert json.loads(done.stdout) == {"step": step, "ids": [post for line in of_ranks for post in line["ids"]]}
 
 
@@ -83,7 +84,7 @@ def test_the_metrics_have_the_contract_s_shape_and_count_known_labels(workspace:
 def test_a_second_run_skips_every_stage(workspace: Path) -> None:
     run_dir = workspace / "runs" / "my_posts"
     before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*") if file.is_file()}
-    done = run_command(["crossguard", "run", *RUN], workspace)
+    done = run_crossguard(["run", *RUN], workspace)
     assert done.stdout.splitlines() == [
         f"{stage}: done before, skipped" for stage in ("build", "train", "evaluate", "export")
     ]
@@ -93,7 +94,7 @@ def test_a_second_run_skips_every_stage(workspace: Path) -> None:
 def test_a_copied_run_directory_is_still_done(workspace: Path, tmp_path: Path) -> None:
     for name in ("posts", "runs", "my_posts.yaml"):
         (shutil.copytree if (workspace / name).is_dir() else shutil.copy)(workspace / name, tmp_path / name)
-    done = run_command(["crossguard", "run", *RUN], tmp_path)
+    done = run_crossguard(["run", *RUN], tmp_path)
     assert done.stdout.count("skipped") == 4
 
 
@@ -115,7 +116,7 @@ def test_a_copied_run_directory_is_still_done(workspace: Path, tmp_path: Path) -
     ],
 )
 def test_what_the_user_supplied_is_wrong(workspace: Path, arguments: list[str], message: str) -> None:
-    done = run_command(["crossguard", *arguments], workspace, status=2)
+    done = run_crossguard([*arguments], workspace, status=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (workspace / "runs" / "other" / "shards").exists()
@@ -129,7 +130,7 @@ def test_wrong_posts_are_listed_all_at_once_and_nothing_is_left_behind(tmp_path:
     lines[11] = lines[11].replace('"split": "', '"splitt": "')
     file.write_text("\n".join(lines), encoding="utf-8")
     shutil.copy(workspace / "my_posts.yaml", tmp_path)
-    done = run_command(["crossguard", "run", "recipe=my_posts.yaml"], tmp_path, status=2)
+    done = run_crossguard(["run", "recipe=my_posts.yaml"], tmp_path, status=2)
     for line, field in ((4, "labels.spamm"), (8, ""), (12, "splitt")):
         assert f"posts.jsonl:{line}: {field}" in done.stderr
     assert not list((tmp_path / "runs").rglob("*.tar"))

@@ -14,9 +14,10 @@ from typing import Any
 import own_losses
 import pytest
 import torch
-from conftest import run_command, write_posts
+from conftest import write_posts
 from own_losses import second_is_nan
 from rank_guards import BAD_GRADIENT, BAD_LOSS, PLANNED, STEPS, find, train
+from rank_jobs import run_crossguard
 from rank_models import alone, run_ranks
 from rank_training import arguments, write_shards
 
@@ -182,7 +183,7 @@ def greedy(folder: Path) -> str:
     job = both(
         folder, "greedy", "launcher.num_procs=2", "launcher.threads_per_proc=1", "train.loss.name=own_losses:greedy"
     )
-    return run_command(["crossguard", "train", *job], HERE).stderr
+    return run_crossguard(["train", *job], HERE).stderr
 
 
 def test_a_rank_without_memory_halves_the_micro_batch(folder: Path, greedy: str, on_two: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_command
+from rank_jobs import run_crossguard
 from rank_models import alone, run_ranks
 from rank_training import RECIPE
 
@@ -25,8 +25,11 @@ from crossguard.train.training import run_training
 HERE = Path(__file__).parent
 POSTS = 1000
 RANKS = 4
-STEPS = 100
-EVERY = ["train.batch_size=16", "train.micro_batch_size=2", "checkpoint.every_steps=10", "data.mixing.temperature=3"]
+STEPS = 50
+BATCH = 32
+# On ranks two passes a step, alone one.
+EVERY = [f"train.batch_size={BATCH}", "checkpoint.every_steps=10", "data.mixing.temperature=3"]
+SMALL = f"train.micro_batch_size={BATCH // RANKS // 2}"
 
 
 def write_posts(file: Path, prefix: str, count: int) -> None:
@@ -104,13 +107,12 @@ def lost(folder: Path) -> dict[str, Any]:
     rotten = build(folder, "rotten")
     for row in range(0, POSTS, 10):
         damage(rotten, row)
+    whole = [f"train.schedule_steps={STEPS}", "train.max_refused=0.1", SMALL]
     jobs = [
-        arguments(
-            folder, "lost", f"train.max_steps={STEPS // 2}", f"train.schedule_steps={STEPS}", "train.max_refused=0.1"
-        ),
-        arguments(folder, "lost", f"train.max_steps={STEPS}", f"train.schedule_steps={STEPS}", "train.max_refused=0.1"),
-        arguments(folder, "strict", f"train.max_steps={STEPS}"),
-        arguments(folder, "rot", f"train.max_steps={STEPS}", shards="rotten"),
+        arguments(folder, "lost", f"train.max_steps={STEPS // 2}", *whole),
+        arguments(folder, "lost", f"train.max_steps={STEPS}", *whole),
+        arguments(folder, "strict", f"train.max_steps={STEPS}", SMALL),
+        arguments(folder, "rot", f"train.max_steps={STEPS}", SMALL, shards="rotten"),
     ]
     run_ranks(RANKS, HERE / "rank_refusals.py", str(folder), json.dumps(jobs))
     outcomes = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(RANKS)]
@@ -122,7 +124,7 @@ def test_ranks_stay_in_step_and_every_bad_sample_is_named(folder: Path, lost: di
     assert [outcomes[:2] for outcomes in lost["outcomes"]] == [["done", "done"]] * RANKS
     steps = delivered(folder / "lost")
     assert steps.keys() == set(range(1, STEPS + 1))
-    assert {len(ids) for ids in steps.values()} == {16}
+    assert {len(ids) for ids in steps.values()} == {BATCH}
     everything = {id for ids in steps.values() for id in ids}
     assert not everything & (lost["missing"] | lost["damaged"])
     named = lines_of(folder / "lost" / "quarantine.jsonl")
@@ -132,15 +134,15 @@ def test_ranks_stay_in_step_and_every_bad_sample_is_named(folder: Path, lost: di
         False: len(lost["damaged"]),
     }
     met = [line for line in named if "position" in line]
-    assert all((line["step"] - 1) * 16 <= line["position"] < line["step"] * 16 for line in met)
+    assert all((line["step"] - 1) * BATCH <= line["position"] < line["step"] * BATCH for line in met)
     assert {line["reason"] for line in named if "position" not in line} == {"its shard is missing"}
 
 
 def test_the_preview_equals_what_was_delivered(folder: Path, lost: dict[str, Any]) -> None:
     del lost
     steps = delivered(folder / "lost")
-    for step in (1, 2, 37, 50, 51, STEPS):
-        shown = run_command(["crossguard", "shards", "preview", *arguments(folder, "lost"), f"step={step}"], folder)
+    for step in (1, 2, 19, STEPS // 2, STEPS // 2 + 1, STEPS):
+        shown = run_crossguard(["shards", "preview", *arguments(folder, "lost"), f"step={step}"], folder)
         assert json.loads(shown.stdout) == {"step": step, "ids": steps[step]}
 
 
@@ -157,12 +159,10 @@ def test_exposure_equals_the_log_of_what_was_delivered(folder: Path, lost: dict[
         expected = sorted(step for step, ids in steps.items() for other in ids if other == id)
         found = _exposure(config, id)
         assert found["steps"] == expected
-        kept = [90, 100]
+        kept = [STEPS - 10, STEPS]
         assert found["checkpoints"] == [f"step-{step:08d}" for step in kept if expected and step >= expected[0]]
-    shown = run_command(
-        ["crossguard", "shards", "exposure", rare[0], f"run_dir={folder / 'lost'}", f"data.shards={folder / 'shards'}"],
-        folder,
-    )
+    places = [f"run_dir={folder / 'lost'}", f"data.shards={folder / 'shards'}"]
+    shown = run_crossguard(["shards", "exposure", rare[0], *places], folder)
     assert json.loads(shown.stdout)["id"] == rare[0]
 
 
@@ -177,26 +177,26 @@ def test_datasets_are_mixed_by_weight(folder: Path) -> None:
     build(folder, "whole")
     build(folder, "more", "more.jsonl")
     overrides = [
-        "train.max_steps=60",
+        "train.max_steps=30",
         f"data.mixing.datasets.more={folder / 'more'}",
         "data.mixing.weights={own: 1.0, more: 1.0}",
-        "data.mixing.changes=[{after_step: 40, weights: {own: 0.0, more: 1.0}}]",
+        "data.mixing.changes=[{after_step: 20, weights: {own: 0.0, more: 1.0}}]",
     ]
     run_training(compose(arguments(folder, "mixed", *overrides, shards="whole")), alone())
     steps = delivered(folder / "mixed")
     of_more = {step: sum(id.startswith("more") for id in ids) for step, ids in steps.items()}
-    assert sum(of_more[step] for step in range(1, 41)) == pytest.approx(40 * 8, abs=30)
-    assert all(of_more[step] == 16 for step in range(41, 61))
+    assert sum(of_more[step] for step in range(1, 21)) == pytest.approx(20 * BATCH / 2, abs=30)
+    assert all(of_more[step] == BATCH for step in range(21, 31))
 
 
 def test_a_new_order_goes_on_with_the_weights(folder: Path) -> None:
     build(folder, "first")
-    run_training(compose(arguments(folder, "grown", "train.max_steps=20", shards="first")), alone())
+    run_training(compose(arguments(folder, "grown", "train.max_steps=10", shards="first")), alone())
     with (folder / "posts.jsonl").open() as posts, (folder / "grown.jsonl").open("w") as grown:
         shutil.copyfileobj(posts, grown)
         grown.write((folder / "more.jsonl").read_text())
     build(folder, "second", "grown.jsonl")
-    job = arguments(folder, "grown", f"data.path={folder / 'grown.jsonl'}", "train.max_steps=40", shards="second")
+    job = arguments(folder, "grown", f"data.path={folder / 'grown.jsonl'}", "train.max_steps=20", shards="second")
     with pytest.raises(
         UserError, match=r"the sample order is not that of the checkpoint: shards .*train\.new_order=true"
     ):
@@ -205,13 +205,13 @@ def test_a_new_order_goes_on_with_the_weights(folder: Path) -> None:
         run_training(compose([*job, "seed=5"]), alone())
     run_training(compose([*job, "seed=5", "train.new_order=true"]), alone())
     steps = delivered(folder / "grown")
-    assert steps.keys() == set(range(1, 41))
-    assert not any(id.startswith("more") for step in range(1, 21) for id in steps[step])
-    assert any(id.startswith("more") for step in range(21, 41) for id in steps[step])
+    assert steps.keys() == set(range(1, 21))
+    assert not any(id.startswith("more") for step in range(1, 11) for id in steps[step])
+    assert any(id.startswith("more") for step in range(11, 21) for id in steps[step])
     # Resumed once more, it goes on with that order, and says what it cannot tell of the one before.
-    run_training(compose([*job, "seed=5", "train.max_steps=45"]), alone())
-    line = ["crossguard", "shards", "preview", *job, "seed=5"]
-    shown = run_command([*line, "step=42"], folder)
-    assert json.loads(shown.stdout)["ids"] == delivered(folder / "grown")[42]
-    refused = run_command([*line, "step=20"], folder, status=2)
-    assert "step 20: drawn from another order; the one in force begins with step 21" in refused.stderr
+    run_training(compose([*job, "seed=5", "train.max_steps=22"]), alone())
+    line = ["shards", "preview", *job, "seed=5"]
+    shown = run_crossguard([*line, "step=22"], folder)
+    assert json.loads(shown.stdout)["ids"] == delivered(folder / "grown")[22]
+    refused = run_crossguard([*line, "step=10"], folder, status=2)
+    assert "step 10: drawn from another order; the one in force begins with step 11" in refused.stderr

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from rank_jobs import RankJob, wait_until
 from rank_training import arguments, write_shards
 
 from crossguard.configs.errors import (
@@ -34,29 +33,25 @@ SETTINGS = [
 ]
 
 
-class Job:
-    """`crossguard train` in a process of its own."""
+class Job(RankJob):
+    """`crossguard train` in a process of its own; only are it and its ranks forked instead of started."""
 
     def __init__(self, folder: Path):
-        self.run_dir, self.said = folder / "run", folder / "said.txt"
-        environment = os.environ | {"HUNG_BEFORE": str(folder / "hung")}
-        line = ["crossguard", "train", *arguments(folder, "run", *SETTINGS)]
-        with self.said.open("w") as said:
-            self.process = subprocess.Popen(line, stdout=said, stderr=said, env=environment, cwd=HERE)
+        self.run_dir, self.compiled = folder / "run", folder / "compiled"
+        line = ["-m", "crossguard.recipes.cli", "train", *arguments(folder, "run", *SETTINGS)]
+        environment = {"HUNG_BEFORE": str(folder / "hung"), "TORCH_EXTENSIONS_DIR": str(self.compiled)}
+        super().__init__(line, 0, environment, HERE)
 
     def ranks(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
+        return psutil.Process(self.pids[0]).children()
 
     def steps(self) -> int:
         newest = latest_checkpoint(self.run_dir)
         return step_of(newest) if newest else 0
 
-    def wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert self.process.poll() is None, self.said.read_text()
-            assert time.monotonic() < deadline, self.said.read_text()
-            time.sleep(0.05)
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        wait_until(lambda: condition() or self.over(), 120)
+        assert not self.over(), self.said()
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +59,21 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Rank 1 has hung, then on its second start was killed, then the launcher was asked to stop."""
     folder = tmp_path_factory.mktemp("job")
     write_shards(folder)
-    job = Job(folder)
-    try:
-        job.wait(lambda: "restart 1 of 2\n" in job.said.read_text())
+    with Job(folder) as job:
+        job.wait_for(lambda: "restart 1 of 2\n" in job.errors)
         before = job.steps()
-        job.wait(lambda: job.steps() > before + 2)
+        job.wait_for(lambda: job.steps() > before + 2)
         job.ranks()[1].kill()
-        job.wait(lambda: "restart 2 of 2\n" in job.said.read_text())
+        job.wait_for(lambda: "restart 2 of 2\n" in job.errors)
         before = job.steps()
-        job.wait(lambda: job.steps() > before + 2)
-        job.process.send_signal(signal.SIGUSR1)
-        job.process.wait(60)
-    finally:
-        job.process.kill()
+        job.wait_for(lambda: job.steps() > before + 2)
+        os.kill(job.pids[0], signal.SIGUSR1)
+        job.wait(60)
     return job
 
 
 def test_a_hanging_rank_says_where_and_is_started_again(job: Job) -> None:
-    said = job.said.read_text()
+    said = job.errors
     assert "crossguard: rank 1: hangs in 'forward' for more than 4 s (train.step_timeout)" in said
     assert "crossguard: rank 0: hangs in 'waiting for the other ranks'" in said
     # Whichever of them ends first.
@@ -90,7 +82,7 @@ def test_a_hanging_rank_says_where_and_is_started_again(job: Job) -> None:
 
 
 def test_a_killed_rank_is_named_and_the_job_goes_on_with_fewer(job: Job) -> None:
-    said = job.said.read_text()
+    said = job.errors
     lost = "crossguard: rank 1 was ended by SIGKILL (is memory short?); restart 2 of 2\n"
     assert f"{lost}crossguard: going on with 1 of 2 ranks\n" in said
     assert said.count("train: going on after step") == 2
@@ -98,12 +90,18 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_with_fewer(job: Job) -> None
 
 
 def test_the_launcher_passes_on_a_request_to_stop(job: Job) -> None:
-    assert job.process.returncode == EXIT_PREEMPTED
-    said = job.said.read_text()
+    assert job.statuses == {0: EXIT_PREEMPTED}
+    said = job.errors
     assert f"crossguard: train: stopped after step {job.steps()}, which is saved; start again" in said
     assert said.endswith("crossguard: preempted; start again and it goes on where it stopped\n")
     lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, job.steps() + 1))
+
+
+def test_no_start_waits_for_a_compiler(job: Job) -> None:
+    """DeepSpeed has operators that it compiles when ranks first meet."""
+    assert job.steps() > 0
+    assert not job.compiled.exists()
 
 
 @pytest.mark.parametrize(

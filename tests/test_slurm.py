@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 from build_job import build, files_of, make_config, make_posts, write_lines
-from conftest import run_command
 from executor_tasks import die, fail, square
 from launched_job import HERE, Launched, job, losses, wait_for
+from rank_jobs import run_crossguard
 from slurm_cluster import slurm_cluster
 from waiting_loss import wait_in
 
@@ -34,12 +34,12 @@ class Cluster:
 
     def submit(self, run_dir: str, *settings: str) -> str:
         """Submit the job; returns its number."""
-        run_command(["crossguard", "launch", *job(self.folder, run_dir, *SETTINGS, *settings)], HERE)
+        run_crossguard(["launch", *job(self.folder, run_dir, *SETTINGS, *settings)], HERE)
         return json.loads((self.folder / run_dir / "launch" / "submitted.json").read_text())["jobs"][-1]
 
     def ask(self, question: str, run_dir: str) -> str:
         """`crossguard launch status`, `logs` or `cancel`."""
-        return run_command(["crossguard", "launch", question, f"run_dir={self.folder / run_dir}"], HERE).stdout
+        return run_crossguard(["launch", question, f"run_dir={self.folder / run_dir}"], HERE).stdout
 
     def wait_until_started(self, run_dir: str, file: Path) -> None:
         """Until a start of the job waits in the middle of training."""
@@ -97,8 +97,8 @@ def test_a_job_that_is_asked_to_stop_comes_back(cluster: Cluster, expected: list
 
 
 def test_an_unknown_partition_is_one_line(cluster: Cluster) -> None:
-    line = ["crossguard", "launch", *job(cluster.folder, "wrong", *SETTINGS, "launcher.slurm.partition=mian")]
-    done = run_command(line, HERE, status=2)
+    line = ["launch", *job(cluster.folder, "wrong", *SETTINGS, "launcher.slurm.partition=mian")]
+    done = run_crossguard(line, HERE, status=2)
     expected = "launcher.slurm.partition=mian: SLURM has no such partition; did you mean 'main'?"
     assert done.stderr == f"crossguard: {expected}\n"
 
@@ -178,8 +178,8 @@ def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
     waits = cluster.folder / "cancelled-waits"
     number = cluster.submit("cancelled", wait_in(waits, 1))
     cluster.wait_until_started("cancelled", waits / "waiting-0")
-    again = ["crossguard", "launch", *job(cluster.folder, "cancelled", *SETTINGS)]
-    assert f"in the queue as slurm {number}" in run_command(again, HERE, status=2).stderr
+    again = ["launch", *job(cluster.folder, "cancelled", *SETTINGS)]
+    assert f"in the queue as slurm {number}" in run_crossguard(again, HERE, status=2).stderr
     cluster.ask("cancel", "cancelled")
     wait_for(lambda: cluster.state(number) == "CANCELLED", lambda: cluster.ask("logs", "cancelled"))
     wait_for(lambda: not _slurm("squeue", "--noheader"), lambda: _slurm("squeue"))
@@ -189,10 +189,10 @@ def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
 
 @pytest.mark.launchers
 def test_a_sweep_is_an_array_on_shards_that_are_built_once(cluster: Cluster) -> None:
-    line = ["crossguard", "launch", "--multirun", *job(cluster.folder, "sweep", "launcher=slurm")]
+    line = ["launch", "--multirun", *job(cluster.folder, "sweep", "launcher=slurm")]
     line = [word for word in line if not word.startswith("data.shards=")]
     line += ["launcher.gpus_per_node=0", "launcher.slurm.cpus_per_task=1", "train.lr=1e-2,1e-3"]
-    run_command(line, HERE)
+    run_crossguard(line, HERE)
     folder = cluster.folder / "sweep"
     build, array = json.loads((folder / "launch" / "submitted.json").read_text())["jobs"]
     wait_for(lambda: not _slurm("squeue", "--noheader"), lambda: _slurm("squeue"), 200)

@@ -20,8 +20,8 @@ from typing import Any
 import fsspec
 import pytest
 from build_job import build, files_of, make_config, make_posts, write_lines
-from conftest import run_command
 from fsspec.implementations.memory import MemoryFileSystem
+from rank_jobs import run_crossguard
 from s3_server import URL, Server
 from storage_job import texts
 
@@ -281,14 +281,14 @@ def test_a_network_that_fails_is_tried_again_and_refusal_is_not(
 
 def test_a_job_builds_into_a_bucket_and_previews_from_it(server: Server, workspace: Path, tmp_path: Path) -> None:
     arguments = ["recipe=my_posts.yaml", f"run_dir={tmp_path}/run", f"data.shards={URL}", "data.cache.dir=cache"]
-    said = run_command(["crossguard", "build", *arguments], workspace)
+    said = run_crossguard(["build", *arguments], workspace)
     assert f" -> {URL}" in said.stdout
-    assert "skipped" in run_command(["crossguard", "build", *arguments], workspace).stdout
-    preview = ["crossguard", "shards", "preview", "step=2"]
-    here = run_command(
+    assert "skipped" in run_crossguard(["build", *arguments], workspace).stdout
+    preview = ["shards", "preview", "step=2"]
+    here = run_crossguard(
         [*preview, "recipe=my_posts.yaml", f"run_dir={tmp_path}/x", "data.shards=runs/my_posts/shards"], workspace
     )
-    assert run_command([*preview, *arguments], workspace).stdout == here.stdout
+    assert run_crossguard([*preview, *arguments], workspace).stdout == here.stdout
     assert (workspace / "cache" / MARKER).exists()
-    refused = run_command(["crossguard", "build", *arguments, "data.shards=gs://bucket/x"], workspace, status=2)
+    refused = run_crossguard(["build", *arguments, "data.shards=gs://bucket/x"], workspace, status=2)
     assert refused.stderr == "crossguard: gs://bucket/x: the package that opens it is missing; pip install gcsfs\n"

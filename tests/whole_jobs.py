@@ -6,6 +6,9 @@ workspace/          a working directory with `posts/`, the README's recipe `my_p
 readme/             the same, in which every command of the README has run, in its order; only sizes are made small
 workspace.json      how each command ended, once all of them have: [[command, exit status, stdout, stderr], …]
 readme.json
+
+The workspace's job is started as a user starts it. Of the README's commands, those that need torch are forked from the
+pool of the tests, and so are their ranks.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from conftest import README, ROOT, readme_block, write_posts
+from rank_jobs import run_crossguard
 
 from crossguard.configs.parent_death import die_with_parent
 
@@ -43,6 +48,7 @@ SMALLER = {
 }
 # What `make setup` and `make test` do is what installs and runs this file.
 NOT_RUN_HERE = {"make test"}
+FORKED = {"run", "build", "train", "evaluate", "export", "predict", "plan", "launch"}
 SECONDS = 280
 
 
@@ -60,11 +66,16 @@ def demo() -> str:
     return found.group(1)
 
 
-def run(command: str, folder: Path) -> list[str | int]:
+def run(command: str, folder: Path, forked: Collection[str] = ()) -> list[str | int]:
     """Run a command there; itself, and how it ended."""
-    line = shlex.split(demo() if command == "make demo" else command)
-    extra = [setting for recipe, settings in SMALLER.items() if recipe in line for setting in settings]
-    done = subprocess.run([*line, *extra], cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
+    program, *line = shlex.split(demo() if command == "make demo" else command)
+    line += [setting for recipe, settings in SMALLER.items() if recipe in line for setting in settings]
+    if program == "crossguard" and line[0] in forked:
+        done = run_crossguard(line, folder, status=None, timeout=SECONDS)
+    else:
+        done = subprocess.run(
+            [program, *line], cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
     return [command, done.returncode, done.stdout, done.stderr]
 
 
@@ -85,7 +96,7 @@ def main(folder: Path, with_readme: bool) -> None:
         shutil.copytree(workspace, readme)
     write(folder / "workspace.json", [outcome])
     if with_readme:
-        write(folder / "readme.json", [run(command, readme) for command in readme_commands()])
+        write(folder / "readme.json", [run(command, readme, FORKED) for command in readme_commands()])
 
 
 if __name__ == "__main__":

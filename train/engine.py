@@ -130,6 +130,8 @@ def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> 
     (0.19.8); the unmanaged one adds them up in every stage.
     """
     check_owned(config.zero.deepspeed)
+    # Joining the ranks on CPU would first compile, for a minute, an operator of tensor-parallel inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "train_batch_size": micro_batch_size * world_size,
