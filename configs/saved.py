@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,7 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crossguard.configs.compose import to_schema
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema import Config, ModelConfig
+from crossguard.configs.schema import Config
+
+Part = TypeVar("Part")
 
 # Fields that may hold a path, or paths by name.
 PATHS = (
@@ -68,10 +70,11 @@ def load_config(file: Path) -> Config:
     return to_schema(loaded)  # type: ignore[arg-type]
 
 
-def model_of(values: Mapping[str, Any], place: Path) -> ModelConfig:
-    """The model that a run directory or a bundle describes.
+def part_of(schema: type[Part], values: Mapping[str, Any], place: Path) -> Part:
+    """A part of the configuration, such as the model, as a run directory or a bundle describes it.
 
     Args:
+        schema: the dataclass of the part.
         values: what `as_plain` made of it.
         place: where they stand, for the error.
 
@@ -79,10 +82,10 @@ def model_of(values: Mapping[str, Any], place: Path) -> ModelConfig:
         UserError: this version of the schema refuses them.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException as error:
         raise UserError(f"{place}: {str(error).splitlines()[0]}; it is of another version of crossguard") from None
-    assert isinstance(config, ModelConfig)
+    assert isinstance(config, schema)
     return config
 
 

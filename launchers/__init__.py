@@ -39,7 +39,7 @@ def launch(arguments: list[str], config: LauncherConfig, shared_out: int, run_di
     Args:
         arguments: of the ranks; the first is `stage=…`.
         config: the launcher's.
-        shared_out: what any number of ranks must divide.
+        shared_out: what any number of ranks must divide; 0 where any number will do.
         run_dir: where logs go.
     """
     from crossguard.launchers import deepspeed, local, slurm, torchrun

@@ -33,7 +33,7 @@ def launch(arguments: list[str], num_procs: int, config: LauncherConfig, shared_
         arguments: of the ranks.
         num_procs: ranks to begin with.
         config: the launcher's.
-        shared_out: what any number of ranks must divide (the posts of a step).
+        shared_out: what any number of ranks must divide (the posts of a step); 0 where any number will do.
 
     Raises:
         UserError: a rank ended with exit status 2; it has said why.

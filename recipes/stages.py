@@ -105,6 +105,8 @@ EVALUATE = Stage(
         "evaluation.metrics",
         "evaluation.references",
         "evaluation.attacks",
+        "evaluation.show_texts",
+        "evaluation.modality_subsets",
     ),
     artefacts.evaluated_on,
     artefacts.report,

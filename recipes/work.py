@@ -53,7 +53,7 @@ def evaluate(job: Job) -> None:
     """Score every held-out split and write the report."""
     check_splits(job)
     _need_checkpoint(job, "evaluate")
-    launch(["stage=evaluate", *job.arguments], job.config.launcher, job.config.train.batch_size, job.run_dir)
+    launch(["stage=evaluate", *job.arguments], job.config.launcher, 0, job.run_dir)  # Any number of ranks will do.
     print(f"evaluate: report -> {job.run_dir / 'report' / 'report.html'}", flush=True)
     if job.config.evaluation.against is not None:
         _check_not_worse(job)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from build_job import build, make_config, write_lines
 from sklearn.metrics import brier_score_loss, log_loss
 
 from crossguard.configs.schema import EvaluationConfig
-from crossguard.configs.schema.mixing import MixingConfig
+from crossguard.configs.schema.loss import LogitAdjustmentConfig
+from crossguard.configs.schema.mixing import MixingConfig, WeightChange
 from crossguard.data.shards.folder import ShardFolder
 from crossguard.train.evaluation.calibration import (
     METHODS,
@@ -24,7 +27,7 @@ from crossguard.train.evaluation.calibration import (
 from crossguard.train.evaluation.decided import measure_calibration
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.reliability import diagram, reliability
-from crossguard.train.evaluation.sampling_prior import sampling_shifts
+from crossguard.train.evaluation.sampling_prior import Shifts, Trained, sampling_shifts
 
 # Language -> labels, and how its logits are off: slope and intercept.
 LANGUAGES = {
@@ -187,15 +190,35 @@ def test_sampling_that_evened_out_strata_is_taken_off(tmp_path: Path) -> None:
     labels[:, column] = np.arange(40) % 2
     ids = [str(number) for number in range(40)]
     labeled = Predictions(names, ids, ["de"] * 40, np.full((40, len(names)), 0.5), labels)
-    rarity = folders["own"].manifest.rarity
-    assert sampling_shifts(folders, MixingConfig(), rarity, labeled) == {}
-    shifts = sampling_shifts(folders, MixingConfig(temperature=1e6, max_repeats=1e6), rarity, labeled)
+
+    def shifts_of(step: int = 1, **mixing: Any) -> Shifts:
+        # As a checkpoint has it: plain values.
+        plain = asdict(MixingConfig(**mixing)), asdict(LogitAdjustmentConfig())
+        trained = Trained.of(
+            {"data": {"mixing": plain[0]}, "train": {"loss": {"logit_adjustment": plain[1]}}}, tmp_path, step
+        )
+        return sampling_shifts(folders, trained, folders["own"].manifest.rarity, labeled)
+
+    assert shifts_of() == {}
+    shifts = shifts_of(temperature=1e6, max_repeats=1e6)
     # Both strata of a language come equally often: what was 1 in 10 is 1 in 2.
     assert shifts == {"hate": {"de": pytest.approx(np.log(9), rel=1e-4)}}
     truth = sigmoid(np.linspace(-4, 2, 50))
     moved = sigmoid(logits(truth) + shifts["hate"]["de"])
     identity = Calibrator("platt", (1.0, 0.0), shifts=shifts["hate"])
     np.testing.assert_allclose(identity(moved, np.array(["de"] * 50, dtype=object)), truth, rtol=1e-6)
+    # Mixed in are posts of which none is benign: where they come to count more, it is the last weights that count.
+    violating = [post for post in posts if post["labels"]["hate"]]
+    more = make_config(write_lines(tmp_path / "v.jsonl", [{**post, "split": "train"} for post in violating]))
+    build(more, tmp_path / "more")
+    folders["more"] = ShardFolder.open(str(tmp_path / "more" / "shards"), config.data.cache)
+    mixed: dict[str, Any] = {
+        "datasets": {"more": "elsewhere"},
+        "weights": {"own": 1.0, "more": 0.0},
+        "changes": [WeightChange(after_step=10, weights={"own": 1.0, "more": 1.0})],
+    }
+    assert shifts_of(10, **mixed)["hate"]["de"] == pytest.approx(0, abs=1e-9)
+    assert shifts_of(11, **mixed)["hate"]["de"] > 1
 
 
 def test_every_slice_has_its_errors_and_small_ones_say_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from build_job import build, make_config, write_lines
 
 from crossguard.configs.errors import UserError
+from crossguard.configs.schema import EvaluationConfig
 from crossguard.recipes.job import Job
-from crossguard.recipes.stages import Stage, run_stage
+from crossguard.recipes.stages import EVALUATE, Stage, run_stage
 from crossguard.recipes.work import check_splits
 
 
@@ -54,6 +56,14 @@ def test_a_stage_runs_again_for_another_configuration_but_not_for_other_ranks(jo
     run_stage(copying.stage, job)
     assert not run_stage(copying.stage, Job.from_arguments(["recipe=quickstart", "launcher.num_procs=1"]))
     assert run_stage(copying.stage, Job.from_arguments(["recipe=quickstart", "seed=1"]))
+
+
+def test_every_setting_of_evaluation_that_decides_a_figure_makes_it_run_again() -> None:
+    keys = {key.removeprefix("evaluation.") for key in EVALUATE.keys if key.startswith("evaluation.")}
+    # What they name is hashed, they are training's, or they change no figure.
+    elsewhere = {"suite", "against", "every_steps", "max_validation_posts", "batch_size"}
+    assert keys | elsewhere == {field.name for field in fields(EvaluationConfig)}
+    assert not keys & elsewhere
 
 
 @pytest.mark.parametrize(("host", "records"), [("127.0.0.1", True), ("elsewhere.invalid", False)])

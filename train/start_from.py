@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.saved import model_of
+from crossguard.configs.saved import part_of
 from crossguard.configs.schema.model import ModelConfig
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train import checkpoint_folder
@@ -79,7 +79,7 @@ class Earlier:
         stored = StoredWeights(checkpoint)
         return cls(
             checkpoint,
-            model_of(state["config"]["model"], checkpoint),
+            part_of(ModelConfig, state["config"]["model"], checkpoint),
             Taxonomy.from_json(state["taxonomy"]),
             state["tokenizer"],
             stored.shapes,

@@ -10,7 +10,7 @@ import numpy as np
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
-from crossguard.configs.schema.mixing import OWN
+from crossguard.configs.schema.mixing import OWN, MixingConfig
 from crossguard.data.loading.encoded import Encode
 from crossguard.data.loading.lengths import token_lengths
 from crossguard.data.loading.order import SampleOrder
@@ -23,13 +23,21 @@ TRAIN_SPLIT = "train"
 Planned = tuple[ShardReader, SampleOrder]
 
 
-def open_folders(config: Config) -> dict[str, ShardFolder]:
+def open_folders(config: Config, mixing: MixingConfig | None = None) -> dict[str, ShardFolder]:
     """The shards of the recipe and those that are mixed in, by name.
+
+    Args:
+        config: says where they lie.
+        mixing: what was mixed in, if it may be something else than the configuration says; those that the configuration
+            does not name lie where they lay.
 
     Raises:
         UserError: shards are not there, were built with another taxonomy, or have no training split.
     """
-    locations = {OWN: config.shards_location, **config.data.mixing.datasets}
+    datasets = config.data.mixing.datasets
+    if mixing is not None:
+        datasets = {name: datasets.get(name, location) for name, location in mixing.datasets.items()}
+    locations = {OWN: config.shards_location, **datasets}
     folders = {name: ShardFolder.open(location, config.data.cache) for name, location in locations.items()}
     for name, folder in folders.items():
         folder.manifest.check_taxonomy(folders[OWN].manifest.taxonomy)

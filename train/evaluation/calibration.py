@@ -22,6 +22,8 @@ METHODS = ("temperature", "platt", "isotonic")
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0, np.inf)
 # The policy's own map is drawn a little towards the scores as they are: with few positives it must not run away.
 POLICY_STRENGTH = 1.0
+# As if so many more languages were exactly like their policy: among few languages, few labels prove no difference.
+LIKE_POLICY = 4.0
 FOLDS = 5
 FARTHEST = 30.0
 # A more complex map must do better by this much of the log loss.
@@ -222,13 +224,15 @@ def _weigh_strengths(losses: np.ndarray) -> tuple[float, np.ndarray]:
 
     How common each strength is among languages is estimated from all of them, by expectation maximisation.
     """
-    prior = np.full(len(STRENGTHS), 1 / len(STRENGTHS))
+    # As if there were one more language that had each strength in part.
+    supposed = np.full(len(STRENGTHS), 1 / len(STRENGTHS))
+    supposed[-1] += LIKE_POLICY
+    prior = supposed / supposed.sum()
     for _ in range(20):
         joint = np.log(prior)[:, None] - losses
         top = joint.max(axis=0)
         weights = np.exp(joint - top)
         likelihood = float((top + np.log(weights.sum(axis=0))).sum())
         weights /= weights.sum(axis=0)
-        # As if one more language had each strength in part.
-        prior = (weights.sum(axis=1) + 1 / len(STRENGTHS)) / (weights.shape[1] + 1)
+        prior = (weights.sum(axis=1) + supposed) / (weights.shape[1] + supposed.sum())
     return likelihood, weights

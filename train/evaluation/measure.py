@@ -30,7 +30,7 @@ from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.references import MOST_TRAIN_POSTS, tfidf_logistic_regression
 from crossguard.train.evaluation.report import Evaluated, write_report
 from crossguard.train.evaluation.routing import measure_routing
-from crossguard.train.evaluation.sampling_prior import Shifts, adjusted, sampling_shifts
+from crossguard.train.evaluation.sampling_prior import Shifts, Trained, adjusted, sampling_shifts
 from crossguard.train.evaluation.splits import TRAIN, VALIDATION, shown_split
 from crossguard.train.evaluation.suite import best_thresholds, measure_suite
 
@@ -66,13 +66,13 @@ class Scores:
 
 
 def measure(
-    run_dir: Path, step: int, config: Config, posts: Posts, scores: Scores
+    run_dir: Path, trained: Trained, config: Config, posts: Posts, scores: Scores
 ) -> tuple[dict[str, Any], dict[str, list[Panel]]]:
     """Write metrics.json, report.html and dataset_card.md from the predictions alone.
 
     Args:
         run_dir: where to.
-        step: of the checkpoint that was scored.
+        trained: the checkpoint that was scored.
         config: what to measure.
         posts: what was scored; references are fitted on its training split.
         scores: the predictions.
@@ -83,7 +83,7 @@ def measure(
     references: dict[str, Scored] = {}
     for name in config.evaluation.references:
         references[name] = tfidf_logistic_regression(posts.readers, posts.rows, posts.splits, posts.taxonomy)
-    metrics = _figures(config, posts, scores, references, step) | _figures_beside(config, scores)
+    metrics = _figures(config, posts, scores, references, trained) | _figures_beside(config, scores)
     if references:
         fitted_on = {"train_posts": min(len(posts.rows[TRAIN]), MOST_TRAIN_POSTS)}
         metrics["references"] = {
@@ -98,15 +98,17 @@ def measure(
     return metrics, write_report(run_dir, Evaluated(config, posts.folder.manifest, metrics, every, posts.readers))
 
 
-def _figures(config: Config, posts: Posts, scores: Scores, references: dict[str, Scored], step: int) -> dict[str, Any]:
+def _figures(
+    config: Config, posts: Posts, scores: Scores, references: dict[str, Scored], trained: Trained
+) -> dict[str, Any]:
     """What is measured of the run's own model."""
     scored = scores.scored
     metrics: dict[str, Any] = {
         "splits": _metrics(scored[MODEL], config, in_detail=True),
-        "checkpoint": {"step": step},
+        "checkpoint": {"step": trained.step},
         "shards": posts.folder.manifest.sha256,
     }
-    decisions = _decide(config, posts, scored[MODEL])
+    decisions = _decide(config, posts, scored[MODEL], trained)
     if decisions is not None:
         metrics["decisions"] = {"fitted_on": VALIDATION, **decisions.to_json()}
         _measure_decisions(metrics["splits"], scored[MODEL], decisions, config)
@@ -135,17 +137,17 @@ def _figures_beside(config: Config, scores: Scores) -> dict[str, Any]:
     return {"ablations": found} if found else {}
 
 
-def _decide(config: Config, posts: Posts, scored: Scored) -> Decisions | None:
+def _decide(config: Config, posts: Posts, scored: Scored, trained: Trained) -> Decisions | None:
     """Calibration and thresholds, from the validation split; None where it was not scored."""
     if VALIDATION not in scored:
         return None
     shifts: Shifts = {}
     if config.evaluation.calibration != "none" and posts.folder.manifest.shards_of(TRAIN):
-        folders = open_folders(config) if config.data.mixing.datasets else {OWN: posts.folder}
-        shifts = sampling_shifts(folders, config.data.mixing, posts.folder.manifest.rarity, scored[VALIDATION])
+        folders = open_folders(config, trained.mixing) if trained.mixing.datasets else {OWN: posts.folder}
+        shifts = sampling_shifts(folders, trained, posts.folder.manifest.rarity, scored[VALIDATION])
         trained_on = (shard for folder in folders.values() for shard in folder.manifest.shards_of(TRAIN))
         counts = LabelCounts.of_shards(trained_on, posts.taxonomy.names)
-        shifts = adjusted(shifts, config.train.loss.logit_adjustment, counts)
+        shifts = adjusted(shifts, trained.adjustment, counts)
     return fit_decisions(scored[VALIDATION], config.evaluation, shifts, posts.taxonomy.parents)
 
 

@@ -8,9 +8,13 @@ rarer, in training than in the posts as they are, and a model's logits move by t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from crossguard.configs.saved import part_of
 from crossguard.configs.schema.loss import LogitAdjustmentConfig
 from crossguard.configs.schema.mixing import OWN, MixingConfig
 from crossguard.configs.schema.taxonomy import BENIGN
@@ -26,30 +30,51 @@ TRAIN = "train"
 Shifts = dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How the checkpoint that is scored was trained, whatever the configuration of its evaluation says."""
+
+    # The steps that it has learned from.
+    step: int
+    mixing: MixingConfig
+    adjustment: LogitAdjustmentConfig
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], checkpoint: Path, step: int) -> Trained:
+        """From the configuration in a checkpoint; a UserError where this version of the schema refuses it."""
+        return cls(
+            step,
+            part_of(MixingConfig, config["data"]["mixing"], checkpoint),
+            part_of(LogitAdjustmentConfig, config["train"]["loss"]["logit_adjustment"], checkpoint),
+        )
+
+
 def sampling_shifts(
-    folders: Mapping[str, ShardFolder], mixing: MixingConfig, rarity: Sequence[str], labeled: Predictions
+    folders: Mapping[str, ShardFolder], trained: Trained, rarity: Sequence[str], labeled: Predictions
 ) -> Shifts:
     """How far training's sampling has moved the logits.
 
     Args:
         folders: the recipe's own shards (`own`) and those that are mixed in.
-        mixing: as in training. Where weights change on the way, the last ones count.
+        trained: the mixing. Where it changed on the way, by `data.mixing.changes` or when training was resumed, that of
+            the checkpoint's last step counts: the weights were last fitted to it.
         rarity: the policies, rarest first, as strata name them.
         labeled: posts with labels, which tell how often posts of a stratum violate other policies as well.
 
     Returns:
         policy -> language -> logits to subtract; languages that it moves by nothing are left out.
     """
+    mixing = trained.mixing
     shards = {name: folder.manifest.shards_of(TRAIN) for name, folder in folders.items()}
     if (mixing.temperature == 1 and len(folders) == 1) or not all(shards.values()):
         return {}
     layout = Layout.of_shards([(name, folder.manifest.strata, shards[name]) for name, folder in folders.items()])
     sizes = dict(zip(layout.datasets.names, layout.datasets.sizes.tolist(), strict=True))
-    weights = mixing.changes[-1].weights if mixing.changes else mixing.weights or sizes
-    trained = group_shares(layout, mixing, weights)
+    passed = [change.weights for change in mixing.changes if change.after_step < trained.step]
+    sampled = group_shares(layout, mixing, passed[-1] if passed else mixing.weights or sizes)
     if mixing.temperature == 1:  # the shares of datasets: each stratum has its part of one
-        trained = trained[layout.dataset_of_stratum] / layout.datasets.sizes[layout.dataset_of_stratum]
-        trained = trained * layout.strata.sizes
+        sampled = sampled[layout.dataset_of_stratum] / layout.datasets.sizes[layout.dataset_of_stratum]
+        sampled = sampled * layout.strata.sizes
     natural = np.where(layout.dataset_of_stratum == list(folders).index(OWN), layout.strata.sizes, 0)
     names = [name.partition(":")[2].rpartition("/") for name in layout.strata.names]
     languages = np.array([language for language, _, _ in names], dtype=object)
@@ -59,7 +84,7 @@ def sampling_shifts(
         known, positive = np.array([rates.get(kind, {}).get(policy, (0.0, 0.0)) for _, _, kind in names]).T
         for language in sorted(set(languages)):
             rows = languages == language
-            odds = [_log_odds(weight[rows], known[rows], positive[rows]) for weight in (trained, natural)]
+            odds = [_log_odds(weight[rows], known[rows], positive[rows]) for weight in (sampled, natural)]
             shift = odds[0] - odds[1]
             if np.isfinite(shift) and shift:
                 shifts.setdefault(policy, {})[str(language)] = float(shift)

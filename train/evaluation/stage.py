@@ -27,6 +27,7 @@ from crossguard.train.evaluation.disguise import Disguise
 from crossguard.train.evaluation.findings import in_words
 from crossguard.train.evaluation.measure import MODEL, Posts, Scored, Scores, measure
 from crossguard.train.evaluation.predictions import Predictions
+from crossguard.train.evaluation.sampling_prior import Trained
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.slices import read_fields
 from crossguard.train.evaluation.splits import evaluated_splits, shown_split
@@ -60,7 +61,8 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
     run_dir = Path(config.run_dir)
     with run_lock(run_dir, ranks):
         checkpoint = best_valid(run_dir, ranks)
-        check_same_model(read_state(checkpoint)["config"], as_plain(config), str(checkpoint))
+        state = read_state(checkpoint)
+        check_same_model(state["config"], as_plain(config), str(checkpoint))
         posts = _open_posts(config, ranks)
         watchdog.arm()
         fields = _read_fields(config, posts, ranks)
@@ -77,8 +79,9 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             disguised[folder.name] = ablated.score_disguised(posts)
         if ranks.is_first:
             scores = Scores(scored, disguised, suite, subsets)
-            found = measure(run_dir, step_of(checkpoint), config, posts, scores)
-            tracker = open_tracker(config, read_state(checkpoint)["tracker_run_id"], first=True)
+            trained = Trained.of(state["config"], checkpoint, step_of(checkpoint))
+            found = measure(run_dir, trained, config, posts, scores)
+            tracker = open_tracker(config, state["tracker_run_id"], first=True)
             track_report(tracker, *found)
             tracker.close()
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.resume import check_same_model
-from crossguard.configs.saved import as_plain, model_of
+from crossguard.configs.saved import as_plain, part_of
 from crossguard.configs.schema import Config, ModelConfig
 from crossguard.configs.schema.encoders import EncoderConfig, LoraConfig
 from crossguard.configs.schema.model import ENCODED
@@ -43,7 +43,7 @@ from crossguard.train.stored_weights import load_weights
 from crossguard.train.tokenizers import BYTES, load_tokenizer
 from crossguard.train.trained import load_trained
 
-FORMAT = 2
+FORMAT = 3
 STAGING = ".staging-bundle-"
 WEIGHTS, CONFIG, TOKENIZER, TAXONOMY, DECISIONS, CARD, MANIFEST = (
     "model.safetensors",
@@ -135,7 +135,7 @@ def open_bundle(folder: Path) -> tuple[ModelConfig, PostEncoder]:
         if found.get(name) != expected:
             what = "missing" if name not in found else "its content is not what the manifest says"
             raise UserError(f"{folder / name}: {what}; export the bundle again")
-    config = model_of(_read(folder / CONFIG)["model"], folder / CONFIG)
+    config = part_of(ModelConfig, _read(folder / CONFIG)["model"], folder / CONFIG)
     taxonomy = Taxonomy.from_json(_read(folder / TAXONOMY))
     return config, PostEncoder(config, taxonomy, load_tokenizer(config.text, folder / TOKENIZER))
 
