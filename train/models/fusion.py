@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.configs.schema.fusion import CROSS, GATED, JOINT, LATE, FusionConfig
-from crossguard.train.models.attention import Block, CrossBlock
+from crossguard.train.models.attention import Block, CrossBlock, Linear
 from crossguard.train.models.tokens import Tokens
 
 
@@ -90,8 +90,8 @@ class Gated(Fusion):
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
         super().__init__(config, widths)
         width, others = config.width, max(1, len(widths) - 1)
-        self.features = nn.ModuleDict({name: nn.Linear(width, width) for name in widths})
-        self.gates = nn.ModuleDict({name: nn.Linear(others * width, width) for name in widths})
+        self.features = nn.ModuleDict({name: Linear(width, width) for name in widths})
+        self.gates = nn.ModuleDict({name: Linear(others * width, width) for name in widths})
         self.output_width = width * len(widths)
         self.norm = nn.LayerNorm(self.output_width)
 
@@ -118,9 +118,11 @@ class Cross(Fusion):
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         values, masks = self.sequences(modalities, self.summaries(modalities))
-        for blocks in cast(Iterable[nn.ModuleDict], self.layers):
+        for number, blocks in enumerate(cast(Iterable[nn.ModuleDict], self.layers), 1):
+            # Of the last layer only the summaries are read.
+            count = 1 if number == len(self.layers) else None
             values = [
-                block(value, torch.cat(_others(values, place), 1), torch.cat(_others(masks, place), 1))
+                block(value[:, :count], torch.cat(_others(values, place), 1), torch.cat(_others(masks, place), 1))
                 for place, (block, value) in enumerate(zip(blocks.values(), values, strict=True))
             ]
         fused: Tensor = self.norm(torch.cat([value[:, 0] for value in values], dim=-1))
@@ -140,7 +142,7 @@ class Joint(Fusion):
         self.first = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.reads_tokens = bool(self.blocks)
-        self.factors = nn.ModuleDict({name: nn.Linear(width, width) for name in widths} if len(widths) > 1 else {})
+        self.factors = nn.ModuleDict({name: Linear(width, width) for name in widths} if len(widths) > 1 else {})
         self.output_width = width * (1 + len(widths) + bool(self.factors))
         self.norm = nn.LayerNorm(self.output_width)
 
@@ -150,8 +152,8 @@ class Joint(Fusion):
         first = self.first.expand(len(summaries[0]), 1, -1)
         joint = torch.cat([first, *values], dim=1)
         mask = torch.cat([torch.ones_like(masks[0][:, :1]), *masks], dim=1)
-        for block in self.blocks:
-            joint = block(joint, mask)
+        for number, block in enumerate(self.blocks, 1):
+            joint = block(joint, mask, 1 if number == len(self.blocks) else None)
         features = [joint[:, 0], *summaries]
         if self.factors:
             features.append(_product(list(self.factors.values()), summaries))
@@ -177,9 +179,10 @@ class Bottleneck(Fusion):
         count = len(self.bottleneck)
         common = self.bottleneck.expand(len(values[0]), -1, -1)
         masks = [torch.cat([mask.new_ones(len(mask), count), mask], dim=1) for mask in masks]
-        for blocks in cast(Iterable[nn.ModuleDict], self.layers):
+        for number, blocks in enumerate(cast(Iterable[nn.ModuleDict], self.layers), 1):
+            last = count + 1 if number == len(self.layers) else None
             read = [
-                block(torch.cat([common, value], dim=1), mask)
+                block(torch.cat([common, value], dim=1), mask, last)
                 for block, value, mask in zip(blocks.values(), values, masks, strict=True)
             ]
             values = [value[:, count:] for value in read]
