@@ -20,13 +20,21 @@ from crossguard.train.stored_weights import load_weights
 
 # Everything that reads posts, and all but the heads.
 ENCODERS, TRUNK = ["text", "image"], ["text", "image", "fusion"]
-# Every kind of seam: one vector; summaries alone; summaries and tokens, with modality dropout behind it; an encoder and
-# n-grams that are trained beside one that is frozen.
+# Every kind of seam: one vector; summaries alone; summaries and tokens, with modality dropout behind it; n-grams that are
+# trained beside it.
 SEAMS: dict[str, tuple[ModelConfig, list[str]]] = {
     "fused": (MODEL, TRUNK),
     "summaries": (replace(MODEL, fusion=replace(MODEL.fusion, kind="gated"), modality_dropout=0.5), TRUNK),
     "tokens": (replace(MODEL, modality_dropout=0.5), TRUNK),
-    "beside": (replace(MODEL, modalities=["text", "ngrams", "image"], ngrams=NgramsConfig(buckets=300)), ["text"]),
+    "beside": (
+        replace(
+            MODEL,
+            modalities=["text", "ngrams", "image"],
+            ngrams=NgramsConfig(buckets=300),
+            fusion=replace(MODEL.fusion, kind="gated"),
+        ),
+        ENCODERS,
+    ),
 }
 
 

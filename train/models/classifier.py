@@ -101,8 +101,7 @@ class Classifier(nn.Module):
             return self._embed(batch, embed)
         if views:
             return read_views(self, batch, self.pad_id)
-        modalities, fused = self.read(batch), batch.embeddings.get(FUSED)
-        return self.judge(self.dropped(modalities, batch.positions) if fused is None else modalities, fused)
+        return self.judge(self.dropped(self.read(batch), batch.positions), batch.embeddings.get(FUSED))
 
     def _embed(self, batch: Batch, seam: Seam) -> dict[str, Tensor]:
         modalities = self.read(batch, seam.modalities)
@@ -121,15 +120,15 @@ class Classifier(nn.Module):
         """What each modality's tower says of a batch of B posts, by default of all modalities; what is among the
         batch's embeddings is not looked at again."""
         modalities = unpack(batch.embeddings)
-        names = {name for name in self.modalities if name in names and name not in modalities}
+        left = {name for name in self.modalities if name in names and name not in modalities}
         if FUSED in batch.embeddings:
-            names &= {NGRAMS}
-        if "text" in names:
+            left &= {NGRAMS}
+        if "text" in left:
             modalities["text"] = self._read_text(batch)
-        if NGRAMS in names:
+        if NGRAMS in left:
             values = self.ngrams(given(batch.ngrams), given(batch.ngram_starts))
             modalities[NGRAMS] = Tokens(values, batch.has_text[:, None], values[:, 0], batch.has_text)
-        patches, frames = self._look(batch, names)
+        patches, frames = self._look(batch, left)
         if patches is not None:
             values, there = by_post(patches, batch.image_post, len(batch))
             mask = there.repeat_interleave(patches.shape[1], dim=1)
@@ -141,7 +140,7 @@ class Classifier(nn.Module):
             video = given(batch.video)
             values, mask, summary = self.frames(frames, video.times, video.post, len(batch))
             modalities["video"] = Tokens(values, mask, summary, video.present)
-        if "audio" in names:
+        if "audio" in left:
             sound = given(batch.audio)
             heard, there = self.audio(sound.values.to(self._dtype), sound.lengths)
             values, mask, summary = self.hearing(heard, there, sound.post, len(batch))
