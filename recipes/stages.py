@@ -105,6 +105,7 @@ EVALUATE = Stage(
         "evaluation.metrics",
         "evaluation.references",
         "evaluation.attacks",
+        "evaluation.max_attacked_posts",
         "evaluation.show_texts",
         "evaluation.modality_subsets",
     ),

@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     """Train as the test did on one rank."""
     die_with_parent()
     ranks = init_ranks()
-    for seam, stage in (("fused", 3), ("summaries", 1), ("tokens", 3)):
+    for seam, stage in (("fused", 3), ("summaries", 1), ("tokens", 3), ("beside", 2)):
         model, freeze = SEAMS[seam]
         run_training(job(folder, f"{seam}-2", model, stage, freeze=freeze, cache_embeddings=True), ranks)
     model = replace(with_pretrained(SEAMS["fused"][0], folder), start_from=str(folder / "pretrained"))

@@ -185,10 +185,37 @@ def test_labels_are_those_that_were_embedded_and_what_has_expired_is_not_read(
 def test_what_changes_cannot_be_cached(folder: Path) -> None:
     with pytest.raises(UserError, match=r"train\.cache_embeddings=true: freeze the encoders"):
         job(folder, "none", cache_embeddings=True)
-    with pytest.raises(UserError, match=r"not with train\.attacks\.probability above 0"):
+    with pytest.raises(UserError, match=r"set train\.attacks\.once=true"):
         job(folder, "none", cache_embeddings=True, freeze=ENCODERS, attacks=TextAttacksConfig(probability=0.5))
-    with pytest.raises(UserError, match=r"'image\.encoder\..*' is trained.*train\.freeze=\[text, image\]"):
-        run_training(job(folder, "none", freeze=["text"], cache_embeddings=True), alone())
+    with pytest.raises(UserError, match=r"no encoder is frozen as a whole.*freeze one of text, image"):
+        run_training(job(folder, "none", freeze=["text.encoder.embeddings"], cache_embeddings=True), alone())
+
+
+@pytest.mark.parametrize(
+    "frozen", [["text"], ["image"], ["text", "image"], ["text", "ngrams"], TRUNK, [*TRUNK, "ngrams"]]
+)
+@pytest.mark.parametrize("kind", ["gated", "joint"])
+def test_what_is_trained_reads_the_posts_beside_the_embeddings(frozen: list[str], kind: str) -> None:
+    """Of what is frozen nothing is looked at again, and the logits are those of whole posts."""
+    from test_ngrams import READ, SMALL
+    from tiny_models import batch_of, build, model_config
+
+    from crossguard.train.models.embedding import Seam
+    from crossguard.train.optimizer import freeze
+
+    config = replace(model_config(), modalities=["text", "ngrams", "image"], ngrams=SMALL)
+    model = build(replace(config, fusion=replace(config.fusion, kind=kind)))
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    freeze(model, frozen)
+    whole = batch_of(*READ)
+    with torch.no_grad():
+        cached = model(whole, Seam.of(model))
+        unread = [replace(post, input_ids=None) if "text" in frozen else post for post in READ]
+        unread = [replace(post, images=[]) if "image" in frozen else post for post in unread]
+        unread = [replace(post, ngrams=None) if "ngrams" in frozen else post for post in unread]
+        beside = replace(batch_of(*unread), embeddings=cached)
+        assert torch.allclose(model(beside), model(whole), atol=1e-5)
+        assert not torch.allclose(model(replace(beside, embeddings={})), model(whole), atol=1e-3)
 
 
 def test_frozen_parts_have_no_dropout() -> None:

@@ -291,6 +291,19 @@ def test_a_token_may_be_what_several_layers_say_of_it(kind: str) -> None:
         build(replace(config, text=replace(config.text, layers=[3])))
 
 
+def test_layers_above_the_highest_that_is_looked_at_are_not_loaded(pretrained: Path) -> None:
+    config = pretrained_config(pretrained)
+    lower = replace(config, text=replace(config.text, layers=[1]))
+    tokenizer = load_tokenizer(config.text)
+    whole, cut = (build_model(one, TAXONOMY, tokenizer, 0).eval() for one in (config, lower))
+    assert [len(model.text.encoder.encoder.layer) for model in (whole, cut)] == [2, 1]
+    batch = batch_of(*POSTS)
+    ids, mask = (batch.input_ids % 20)[:, :64], (batch.text_mask | ~batch.has_text[:, None])[:, :64]
+    every = whole.text.encoder(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+    assert torch.equal(cut.text(ids, mask), every[1])
+    assert without_pretrained(lower, cut).text.config["num_hidden_layers"] == 1
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_lower_layers_learn_more_slowly(kind: str) -> None:
     model = build(model_config(**({"text": TEXTS[kind]} if kind in TEXTS else {"image": IMAGES[kind]})))

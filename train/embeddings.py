@@ -38,6 +38,7 @@ from crossguard.data.loading.embeddings import (
     write_block,
 )
 from crossguard.data.loading.loader import BatchMaker, Delivery, Task
+from crossguard.data.loading.plan import TRAIN_SPLIT
 from crossguard.data.loading.reader import ShardReader
 from crossguard.data.loading.workers import results
 from crossguard.data.shards.folder import ShardFolder
@@ -64,13 +65,16 @@ class EmbeddingCache:
             data as the posts are.
 
     Raises:
-        UserError: an encoder is not frozen.
+        UserError: no encoder is frozen.
     """
 
     def __init__(self, config: Config, engine: Engine, encode: PostEncoder, shards: Sequence[ShardFolder]):
-        self.config, self.engine, self.encode = config, engine, encode
+        self.config, self.engine = config, engine
         self.model = cast(Classifier, engine.model)
         self.seam = Seam.of(self.model)
+        self.encode = encode.only(self.seam.modalities)
+        # What the model reads beside the embeddings.
+        self.beside = encode.only([name for name in config.model.modalities if name not in self.seam.modalities])
         self.root = Path(config.train.embeddings_dir or Path(config.run_dir) / "embeddings")
         self.folder = self.root / self._key()
         own = {shard_name(shard) for folder in shards for shard in folder.manifest.shards}
@@ -96,7 +100,7 @@ class EmbeddingCache:
             found |= self._compute(reader, missing)
         if not found:
             raise UserError(f"{reader.place}: not one post of split '{reader.split}' can be read")
-        return Embeddings(blocks_of(reader), found)
+        return Embeddings(blocks_of(reader), found, beside=self.beside.reads_posts)
 
     def _open(self, own: set[str]) -> None:
         """Rank 0: the folder, without what this run will not read again, nor what a killed one has half written."""
@@ -134,7 +138,9 @@ class EmbeddingCache:
         written = {}
         found = _Found(mine[0][0]) if mine else None
         maker, preload = BatchMaker(reader, self.encode, None), type(self.encode).__module__
-        deliveries = results(maker, (Task(rows) for _, rows in mine), workers, preload=preload)
+        # They are disguised as in training, wherever they come there.
+        tasks = (Task(rows, np.zeros_like(rows) if reader.split == TRAIN_SPLIT else None) for _, rows in mine)
+        deliveries = results(maker, tasks, workers, preload=preload)
         posts = sum(block.size for block in missing)
         self.engine.train(False)
         with (
@@ -184,6 +190,7 @@ class EmbeddingCache:
         decides = {
             "version": VERSION,
             "encode": self.encode.fingerprint,
+            "attacks": asdict(self.encode.attacks) if self.encode.attacks else None,
             "seam": asdict(self.seam),
             "precision": self.config.train.precision,
             "settings": settings,

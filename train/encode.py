@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from crossguard.configs.schema.encoders import FURTHER_TEXTS
-from crossguard.configs.schema.model import ModelConfig
+from crossguard.configs.schema.model import NGRAMS, ModelConfig
 from crossguard.data.curation.attacks import TextAttacks
 from crossguard.data.curation.normalise import normalise
 from crossguard.data.loading.clips import Clip, sample_frames
@@ -27,6 +27,8 @@ from crossguard.train.tokenizers import Tokenizer, load_tokenizer
 
 # Raise it whenever the same configuration gives other numbers than before.
 ENCODE_VERSION = 1
+# What decides the disguise of a text: the post's position in the sample order, or its id.
+Place = int | str
 # Not written by anybody who would disguise it.
 TRANSCRIPT = "transcript"
 
@@ -61,11 +63,12 @@ class PostEncoder:
         self.fields = [name for name in FURTHER_TEXTS if name in config.text.fields]
         self.tokenizer = tokenizer or load_tokenizer(config.text)
         self.reads_text = "text" in config.modalities
-        self.ngrams = config.ngrams if "ngrams" in config.modalities else None
+        self.ngrams = config.ngrams if NGRAMS in config.modalities else None
         self.image_resize, self.frame_resize = config.image.resize, config.frame_encoder.resize
         self.max_images = config.image.max_images if "image" in config.modalities else 0
         self.video = config.video if "video" in config.modalities else None
-        self.hearing = Hearing(config.audio) if "audio" in config.modalities else None
+        self.audio = config.audio if "audio" in config.modalities else None
+        self.hearing = Hearing(config.audio) if self.audio else None
         self.num_labels = taxonomy.num_labels
         self.layout: Layout = {
             "pad_id": self.tokenizer.pad_id,
@@ -74,13 +77,30 @@ class PostEncoder:
             "frame_size": config.frame_encoder.size if self.video else None,
             "silence": self.hearing.silence if self.hearing else None,
         }
-        self.fingerprint = self._fingerprint(config)
+        self.fingerprint = self._fingerprint()
 
     def under(self, change: Callable[[RawSample], RawSample]) -> PostEncoder:
         """The same for posts that are changed before anything else; `change` is picklable."""
         other = copy.copy(self)
         other.change = change
         return other
+
+    def only(self, modalities: Collection[str]) -> PostEncoder:
+        """The same without other modalities, for a model that is given what it would say of them."""
+        other = copy.copy(self)
+        other.reads_text = self.reads_text and "text" in modalities
+        other.ngrams = self.ngrams if NGRAMS in modalities else None
+        other.max_images = self.max_images if "image" in modalities else 0
+        other.video = self.video if "video" in modalities else None
+        if "audio" not in modalities:
+            other.audio, other.hearing = None, None
+        other.fingerprint = other._fingerprint()
+        return other
+
+    @property
+    def reads_posts(self) -> bool:
+        """Whether anything is read of a post beside its labels."""
+        return bool(self.reads_text or self.ngrams or self.max_images or self.video or self.hearing)
 
     def __call__(self, raw: RawSample, position: int = NO_POSITION) -> EncodedSample:
         """Encode one post.
@@ -93,10 +113,12 @@ class PostEncoder:
             MediaError: an image, a video or a recording cannot be decoded.
         """
         raw = raw if self.change is None else self.change(raw)
-        input_ids, segments = self._written(raw, position, self.attacks)
+        once = self.attacks is not None and self.attacks.once and position != NO_POSITION
+        place = raw.id if once else position
+        input_ids, segments = self._written(raw, place, self.attacks)
         disguised, disguised_segments = None, None
         if self.disguises is not None and position != NO_POSITION:
-            disguised, disguised_segments = self._written(raw, position, self.disguises)
+            disguised, disguised_segments = self._written(raw, place, self.disguises)
             disguised = np.zeros(0, dtype=np.int32) if disguised is None else disguised
         return EncodedSample(
             id=raw.id,
@@ -112,7 +134,7 @@ class PostEncoder:
             sound=self._sound(raw),
             disguised=disguised,
             disguised_segments=disguised_segments,
-            ngrams=self._hashed(raw, position),
+            ngrams=self._hashed(raw, place),
         )
 
     def text_length(self, raw: RawSample) -> int:
@@ -132,24 +154,24 @@ class PostEncoder:
         return np.concatenate([labels, self.taxonomy.level_vector(post["labels"], post.get("severity", {}))])
 
     def _written(
-        self, raw: RawSample, position: int, attacks: TextAttacks | None
+        self, raw: RawSample, place: Place, attacks: TextAttacks | None
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """int32[L] and uint8[L]: the tokens of all that is read, and the field of each where several are."""
-        parts = self._parts(raw, position, attacks)
+        parts = self._parts(raw, place, attacks)
         if not parts:
             return None, None
         tokens = parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
         return np.array(tokens, dtype=np.int32), _numbered(parts) if self.fields else None
 
-    def _parts(self, raw: RawSample, position: int, attacks: TextAttacks | None) -> list[list[int]]:
+    def _parts(self, raw: RawSample, place: Place, attacks: TextAttacks | None) -> list[list[int]]:
         """The tokens of the caption and of each further field that is read; empty where nothing is written in any.
 
         Every sequence begins as one of the encoder's own, with or without a caption.
         """
-        fields = [list(self._texts(raw, name, position, attacks)) for name in self.fields]
+        fields = [list(self._texts(raw, name, place, attacks)) for name in self.fields]
         if not self.reads_text or (raw.text is None and not any(fields)):
             return []
-        caption = "" if raw.text is None else self._plain("", raw.text, position, attacks)
+        caption = "" if raw.text is None else self._plain("", raw.text, place, attacks)
         parts = [self.tokenizer.encode(self.text.prefix + caption, self.text.max_length)]
         for name, texts in zip(self.fields, fields, strict=True):
             most, tokens = self.text.fields[name], list[int]()
@@ -161,28 +183,28 @@ class PostEncoder:
             parts[-1] += [self.tokenizer.pad_id] * (self.text.length - sum(map(len, parts)))
         return parts
 
-    def _hashed(self, raw: RawSample, position: int) -> np.ndarray | None:
+    def _hashed(self, raw: RawSample, place: Place) -> np.ndarray | None:
         """The n-grams of all that is written."""
         if self.ngrams is None:
             return None
-        texts = [] if raw.text is None else [self._plain("", raw.text, position, self.attacks)]
-        texts += [text for name in self.fields for text in self._texts(raw, name, position, self.attacks)]
+        texts = [] if raw.text is None else [self._plain("", raw.text, place, self.attacks)]
+        texts += [text for name in self.fields for text in self._texts(raw, name, place, self.attacks)]
         if not texts:
             return None
         written = "\n".join(texts)[: self.ngrams.max_characters]
         return hashed_ngrams(written, self.ngrams.min_n, self.ngrams.max_n, self.ngrams.buckets)
 
-    def _texts(self, raw: RawSample, name: str, position: int, attacks: TextAttacks | None) -> Iterator[str]:
+    def _texts(self, raw: RawSample, name: str, place: Place, attacks: TextAttacks | None) -> Iterator[str]:
         """What is written in a field, as it is tokenized."""
         value = raw.texts.get(name, [])
         for number, text in enumerate([value] if isinstance(value, str) else value):
-            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, position, attacks)
+            yield text if name == TRANSCRIPT else self._plain(f"{name}/{number}", text, place, attacks)
 
-    def _plain(self, field: str, text: str, position: int, attacks: TextAttacks | None) -> str:
+    def _plain(self, field: str, text: str, place: Place, attacks: TextAttacks | None) -> str:
         """A text that a user has written: while training disguised now and then, and without disguise as far as the
         normaliser knows it."""
-        if attacks is not None and position != NO_POSITION:
-            text = attacks.apply(text, position, field)
+        if attacks is not None and place != NO_POSITION:
+            text = attacks.apply(text, place, field)
         return normalise(text) if self.text.normaliser else text
 
     def _frames(self, raw: RawSample) -> Clip | None:
@@ -202,7 +224,7 @@ class PostEncoder:
             raise MediaError("a recording without sound")
         return None if samples is None else self.hearing(samples)
 
-    def _fingerprint(self, config: ModelConfig) -> str:
+    def _fingerprint(self) -> str:
         decides = {
             "version": ENCODE_VERSION,
             "tokenizer": self.tokenizer.fingerprint if self.reads_text else None,
@@ -218,7 +240,7 @@ class PostEncoder:
             "video": [self.video.frames, self.video.sampling, self.layout["frame_size"], self.frame_resize]
             if self.video
             else None,
-            "audio": [config.audio.features, config.audio.mel_bins, config.audio.max_seconds] if self.hearing else None,
+            "audio": [self.audio.features, self.audio.mel_bins, self.audio.max_seconds] if self.audio else None,
             "policies": self.taxonomy.columns,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -63,7 +63,9 @@ def open_inputs(config: Config, ranks: Ranks, step: int, saved: Mapping[str, Any
     encode = PostEncoder(
         config.model,
         taxonomy,
-        attacks=TextAttacks(attacks.probability, families, str(config.seed)) if attacks.probability else None,
+        attacks=TextAttacks(attacks.probability, families, str(config.seed), attacks.once)
+        if attacks.probability
+        else None,
         disguises=TextAttacks(1.0, families, f"{config.seed}/second") if config.train.consistency.weight else None,
     )
 

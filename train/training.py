@@ -102,7 +102,9 @@ def _train(
         saver.save(_about(config, inputs, beside, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     cache = _open_cache(config, engine, inputs)
-    embeddings = None if cache is None else cache.of(inputs.reader)
+    embeddings = None
+    if cache is not None:
+        embeddings, inputs.encode = cache.of(inputs.reader), cache.beside
     # Of the encoders, which take most of it, nothing is computed then.
     compute = None if cache is not None else find_compute(config, ranks)
     saver = _open_saver(config, engine)

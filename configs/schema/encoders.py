@@ -66,6 +66,11 @@ class EncoderConfig:
         self.lora.check(f"{key}.lora")
 
     @property
+    def depth(self) -> int | None:
+        """How many of its layers are run; None: all of them."""
+        return None
+
+    @property
     def is_named(self) -> bool:
         """Whether anything says what the encoder is."""
         return bool(self.pretrained or self.config or self.build)
@@ -91,7 +96,8 @@ class TextEncoderConfig(EncoderConfig):
     # Put in front of every text, for encoders that were trained with one (e5: "query: ").
     prefix: str = ""
     # Layers of the encoder whose outputs, side by side, are what it says of a token (1 is the lowest, arXiv
-    # 1802.05365); by default the top one alone. Of a frozen encoder, middle layers carry over better between languages.
+    # 1802.05365); by default the top one alone. Of a frozen encoder, middle layers carry over better between languages;
+    # what lies above them is not even loaded.
     layers: list[int] = field(default_factory=list)
     # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
     # 0 reads texts as they are.
@@ -111,6 +117,11 @@ class TextEncoderConfig(EncoderConfig):
         one_of("model.text.pooling", self.pooling, TEXT_POOLINGS)
         if self.normaliser not in NORMALISERS:
             raise UserError(f"model.text.normaliser={self.normaliser}: one of {', '.join(map(str, NORMALISERS))}")
+
+    @property
+    def depth(self) -> int | None:
+        """Those up to the highest that is looked at."""
+        return max(self.layers, default=None)
 
     @property
     def length(self) -> int:

@@ -68,6 +68,8 @@ class EvaluationConfig:
     # Families of text attacks (see train.attacks.families) under each of which the test split is scored once more, with
     # the model and with every ablation: how far recall falls and how far benign posts are flagged more often.
     attacks: list[str] = field(default_factory=list)
+    # At most this many posts of the test split under each family; by default all.
+    max_attacked_posts: int | None = None
     # For the curves of review budgets: what acting on a benign post costs, in any unit.
     false_positive_cost: float = 1.0
     # For the same curves: what missing a violation costs.
@@ -82,6 +84,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         at_least("evaluation.every_steps", self.every_steps, 0)
         at_least("evaluation.max_validation_posts", self.max_validation_posts, 1)
+        at_least("evaluation.max_attacked_posts", self.max_attacked_posts, 1)
         at_least("evaluation.batch_size", self.batch_size, 1)
         at_least("evaluation.min_positives", self.min_positives, 1)
         at_least("evaluation.margin", self.margin, 0)

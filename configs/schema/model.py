@@ -21,13 +21,14 @@ from crossguard.configs.schema.video import VideoEncoderConfig
 
 # Those that an encoder reads.
 ENCODED = ("text", "image", "video", "audio")
-# `ngrams` reads the same text as `text`, alone or beside it.
-MODALITIES = ("text", "ngrams", "image", "video", "audio")
+# Reads the same text as `text`, alone or beside it.
+NGRAMS = "ngrams"
+MODALITIES = ("text", NGRAMS, "image", "video", "audio")
 
 
 def source_of(modality: str, modalities: Collection[str]) -> str:
     """The modality that a post has or lacks together with this one: n-grams are of the text, where that is read too."""
-    return "text" if modality == "ngrams" and "text" in modalities else modality
+    return "text" if modality == NGRAMS and "text" in modalities else modality
 
 
 @dataclass
@@ -45,7 +46,7 @@ class ModelConfig:
     modality_dropout: float = 0.0
     # The text encoder.
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    # The tower of character n-grams, for few labels or without a GPU; alone, or beside the text encoder.
+    # Character n-grams, for few labels or without a GPU; alone, or beside encoders. They take no part in the fusion.
     ngrams: NgramsConfig = field(default_factory=NgramsConfig)
     # The image encoder.
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
@@ -66,6 +67,11 @@ class ModelConfig:
             one_of("model.modalities", name, MODALITIES)
         within("model.modality_dropout", self.modality_dropout, 0, 1)
         for name, head in self.heads.items():
+            if head.hidden and self.modalities == [NGRAMS]:
+                raise UserError(
+                    f"model.heads.{name}.hidden={head.hidden}: n-grams are added to what a hidden layer makes of other"
+                    " modalities, and there are none; leave it 0"
+                )
             if head.hidden and self.fusion.kind == LATE:
                 raise UserError(
                     f"model.heads.{name}.hidden={head.hidden}: model.fusion.kind=late adds up what each modality says,"

@@ -10,14 +10,15 @@ from crossguard.configs.schema.checks import at_least
 
 @dataclass
 class NgramsConfig:
-    """The mean of one vector for each n-gram of the text, in a table that hashes lead into (arXiv 1607.04606)."""
+    """Logistic regression over the n-grams of the text, whose hashes lead into a table (arXiv 1607.04606), added to
+    what is made of the other modalities."""
 
     # Rows of the table; n-grams whose hashes meet share one.
     buckets: int = 131072
-    # Width of the table.
-    width: int = 64
+    # Width of the table; more than there are policies adds nothing.
+    width: int = 16
     # Characters of the shortest n-grams, the space at each end of a word counted.
-    min_n: int = 2
+    min_n: int = 1
     # Characters of the longest n-grams.
     max_n: int = 5
     # Characters kept of a post's text.

@@ -24,12 +24,15 @@ ATTACKS = (
 
 @dataclass
 class TextAttacksConfig:
-    """Disguises that some of the texts get while training, another one each time."""
+    """Disguises that some of the texts get while training."""
 
     # Share of the texts that get one; 0 is off.
     probability: float = 0.0
     # The kinds of disguise to draw from.
     families: list[str] = field(default_factory=lambda: list(ATTACKS))
+    # Whether a post looks the same whenever it comes, in its disguise or in none, as train.cache_embeddings needs it;
+    # by default it is drawn anew each time.
+    once: bool = False
 
     def __post_init__(self) -> None:
         within("train.attacks.probability", self.probability, 0, 1)
@@ -78,7 +81,8 @@ class TrainConfig:
     # each step, less in the first ones; 0 is off.
     ema_decay: float = 0.0
     # Compute once what the frozen encoders say of each post (of the fusion too, where it is frozen) and train on that:
-    # the logits are the same to the sixth digit, the steps many times as fast.
+    # the logits are the same to the sixth digit, the steps many times as fast. Encoders and n-grams that are trained
+    # read the posts as ever.
     cache_embeddings: bool = False
     # Folder of what is computed once, which runs on the same shards and encoders may share; by default `embeddings/` in
     # the run directory. It holds personal data as shards do: remove a shared one when its posts are to be forgotten.
@@ -149,10 +153,10 @@ class TrainConfig:
             raise UserError(f"train.max_epochs={self.max_epochs}: must be above 0")
         if self.cache_embeddings and not self.freeze:
             raise UserError("train.cache_embeddings=true: freeze the encoders, e.g. train.freeze=[text, image]")
-        if self.cache_embeddings and self.attacks.probability:
+        if self.cache_embeddings and self.attacks.probability and not self.attacks.once:
             raise UserError(
-                "train.cache_embeddings=true: not with train.attacks.probability above 0, which shows the encoders"
-                " another text each time"
+                "train.cache_embeddings=true: train.attacks shows the encoders another text each time; set"
+                " train.attacks.once=true, or train.attacks.probability=0"
             )
         if self.cache_embeddings and (self.consistency.weight or self.alignment.pairs is not None):
             raise UserError(

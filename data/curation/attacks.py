@@ -98,17 +98,18 @@ class TextAttacks:
     probability: float
     # Names of FAMILIES, one of which is drawn for each text.
     families: tuple[str, ...]
-    # What is drawn follows from it and the position.
+    # What is drawn follows from it and the post's place.
     seed: str
+    # Whether that is its id, which is the same whenever the post comes, or its position in the sample order.
+    once: bool = False
 
-    def apply(self, text: str, position: int, field: str = "") -> str:
-        """The text, or its disguise: a function of the seed, the position in the sample order and the name of the
-        post's field alone."""
-        place = f"{self.seed}/{position}{field and f'/{field}'}"
-        draw = random.Random(place)
+    def apply(self, text: str, place: int | str, field: str = "") -> str:
+        """The text, or its disguise: a function of the seed, the post's place and the name of its field alone."""
+        name = f"{self.seed}/{place}{field and f'/{field}'}"
+        draw = random.Random(name)
         if draw.random() >= self.probability:
             return text
-        return attack(text, draw.choice(self.families), f"{place}/words")
+        return attack(text, draw.choice(self.families), f"{name}/words")
 
 
 def attack(text: str, family: str, seed: str) -> str:

@@ -110,9 +110,11 @@ class Embeddings:
     Args:
         blocks: of the split, in the order of its rows.
         files: those of its blocks that there are.
+        beside: whether posts are read as well, for what the embeddings leave out.
     """
 
-    def __init__(self, blocks: Iterable[Block], files: Mapping[tuple[str, int], Path]):
+    def __init__(self, blocks: Iterable[Block], files: Mapping[tuple[str, int], Path], *, beside: bool = False):
+        self.beside = beside
         every = list(blocks)
         self.starts = np.array([block.start for block in every])
         self.files = [files.get((block.shard, block.number)) for block in every]

@@ -81,7 +81,7 @@ class BatchMaker:
     """Task -> Made: reads, decodes, encodes and stacks. Sent to the workers.
 
     With `redirects`, a sample that cannot be used is replaced as if it had been refused before; without, it is left
-    out. With `embeddings`, of a post only its labels are read, and whether it may be used at all.
+    out. With `embeddings`, of a post only its labels are read, whether it may be used at all, and what they leave out.
     """
 
     def __init__(
@@ -117,23 +117,23 @@ class BatchMaker:
 
     def _sample(self, row: int, position: int, task: Task, refused: list[dict[str, Any]]) -> Found | None:
         place = {} if task.step is None else {"step": task.step, "position": position}
-        sample = self._read(row, place, refused)
+        sample = self._read(row, position, place, refused)
         if sample is None and self.redirects is not None:
-            row, sample = self._redirected(row, self.redirects.with_refused(task.refused), place, refused)
+            row, sample = self._redirected(row, position, self.redirects.with_refused(task.refused), place, refused)
         if sample is None:
             return None
         sample.position = position
         return row, sample
 
     def _redirected(
-        self, row: int, redirects: Redirects, place: dict[str, int], refused: list[dict[str, Any]]
+        self, row: int, position: int, redirects: Redirects, place: dict[str, int], refused: list[dict[str, Any]]
     ) -> Found:
         """The first sample that can be used of those that `row` is redirected to."""
         bad = row
         for _ in range(MAX_REDIRECTS):
             redirects = redirects.with_refused(np.array([bad]))
             bad = int(redirects.resolve(np.array([row]))[0])
-            sample = self._read(bad, place, refused)
+            sample = self._read(bad, position, place, refused)
             if sample is not None:
                 return bad, sample
         raise JobError(
@@ -141,9 +141,11 @@ class BatchMaker:
             f"(position {place['position']}); quarantine.jsonl gives the reasons"
         )
 
-    def _read(self, row: int, place: dict[str, int], refused: list[dict[str, Any]]) -> EncodedSample | None:
+    def _read(
+        self, row: int, position: int, place: dict[str, int], refused: list[dict[str, Any]]
+    ) -> EncodedSample | None:
         stage = "train" if place else "evaluate"
-        if (known := self._embedded(row)) is not None:
+        if (known := self._embedded(row, position)) is not None:
             return known
         try:
             raw = self.reader.read(row)
@@ -155,7 +157,7 @@ class BatchMaker:
             rule = refused_at_read(raw.post, time.time())
             if rule is None:
                 try:
-                    sample = self.encode(raw, place.get("position", NO_POSITION))
+                    sample = self.encode(raw, position)
                     if self.embeddings is None:
                         return sample
                     rule = "it could not be read when embeddings were computed; remove them and start again"
@@ -165,18 +167,19 @@ class BatchMaker:
         refused.append({**name, "row": row, "split": self.reader.split, "stage": stage, **place, "reason": reason})
         return None
 
-    def _embedded(self, row: int) -> EncodedSample | None:
-        """The labels of a post whose embedding is there; None where all of it is to be read, if only to say what is
-        wrong with it."""
+    def _embedded(self, row: int, position: int) -> EncodedSample | None:
+        """The labels of a post whose embedding is there, and what is read beside it; None where all of it is to be
+        read, if only to say what is wrong with it."""
         if self.embeddings is None or not self.embeddings.has(row):
             return None
         try:
-            post = self.reader.read_head(row).post
-        except SampleError:
+            beside = self.embeddings.beside
+            raw = self.reader.read(row) if beside else RawSample(self.reader.read_head(row).post)
+            if refused_at_read(raw.post, time.time()) is not None:
+                return None
+            sample = self.encode(raw, position)
+        except (SampleError, MediaError):
             return None
-        if refused_at_read(post, time.time()) is not None:
-            return None
-        sample = self.encode(RawSample(post))
         return sample if self.embeddings.is_of(row, sample) else None
 
 

@@ -168,12 +168,14 @@ class Scorer:
         return scored
 
     def score_disguised(self, posts: Posts) -> Scored:
-        """Predictions on the test split (or the first) under each family of attacks."""
+        """Predictions on the test split (or the first) under each family of attacks; posts lie in the order of a hash,
+        so that the first ones are a fair sample."""
         split, scored = shown_split(posts.splits), {}
+        rows = posts.rows[split][: self.config.evaluation.max_attacked_posts]
         refused: list[dict[str, Any]] = []  # Named already.
         for family in self.config.evaluation.attacks:
             encode, what = self.encode.under(Disguise(family, self.config.seed)), f"{split}, {in_words(family)}"
-            scored[family] = self._score(posts.readers[split], posts.rows[split], what, refused, encode=encode)
+            scored[family] = self._score(posts.readers[split], rows, what, refused, encode=encode)
         return scored
 
     def _score(

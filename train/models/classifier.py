@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from crossguard.configs.schema.model import ModelConfig
+from crossguard.configs.schema.model import MODALITIES, NGRAMS, ModelConfig
 from crossguard.data.loading.collate import Batch
 from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.models.audio import Hearing, build_audio_tower
@@ -51,7 +52,6 @@ class Classifier(nn.Module):
             self.segments = Segments(1 + len(config.text.fields), self.text.width) if config.text.fields else None
         if "ngrams" in self.modalities:
             self.ngrams = NgramTower(config.ngrams)
-            widths["ngrams"] = self.ngrams.width
         if "image" in self.modalities:
             self.normalise = Normalise(config.image.mean, config.image.std)
             self.image = build_image_tower(config.image)
@@ -71,8 +71,10 @@ class Classifier(nn.Module):
             widths["audio"] = self.audio.width
             add_lora(self.audio, config.audio.lora, "model.audio.lora")
             self.hearing = Hearing(self.audio.width)
-        self.fusion = build_fusion(config.fusion, widths)
-        self.heads = Heads(config.heads, taxonomy, self.fusion.output_width)
+        # N-grams alone have nothing to be joined with.
+        self.fusion = build_fusion(config.fusion, widths) if widths else None
+        width = self.fusion.output_width if self.fusion is not None else 0
+        self.heads = Heads(config.heads, taxonomy, width, self.ngrams.width if "ngrams" in self.modalities else 0)
 
     def train(self, mode: bool = True) -> Classifier:
         """Switch to training, all but batch normalisation, which keeps its statistics, and towers or a fusion of which
@@ -99,14 +101,14 @@ class Classifier(nn.Module):
             return self._embed(batch, embed)
         if views:
             return read_views(self, batch, self.pad_id)
-        if FUSED in batch.embeddings:
-            return self.heads(batch.embeddings[FUSED])
-        modalities = unpack(batch.embeddings) if batch.embeddings else self.read(batch)
-        return self.judge(self.dropped(modalities, batch.positions))
+        return self.judge(self.dropped(self.read(batch), batch.positions), batch.embeddings.get(FUSED))
 
     def _embed(self, batch: Batch, seam: Seam) -> dict[str, Tensor]:
-        modalities = self.read(batch)
-        return {FUSED: self.fusion(modalities).float()} if seam.fused else pack(modalities, seam)
+        modalities = self.read(batch, seam.modalities)
+        if not seam.fused:
+            return pack(modalities, seam)
+        beside = {name: modalities.pop(name) for name in seam.modalities if name == NGRAMS}
+        return {FUSED: given(self.fusion)(modalities).float(), **pack(beside, seam)}
 
     def dropped(self, modalities: dict[str, Tokens], positions: Tensor) -> dict[str, Tokens]:
         """What is left of the modalities of B posts after modality dropout, in training."""
@@ -114,15 +116,19 @@ class Classifier(nn.Module):
             return modalities
         return drop_modalities(modalities, positions, self.modality_dropout, self.seed)
 
-    def read(self, batch: Batch) -> dict[str, Tokens]:
-        """What each modality's tower says of a batch of B posts."""
-        modalities = {}
-        if "text" in self.modalities:
+    def read(self, batch: Batch, names: Collection[str] = MODALITIES) -> dict[str, Tokens]:
+        """What each modality's tower says of a batch of B posts, by default of all modalities; what is among the
+        batch's embeddings is not looked at again."""
+        modalities = unpack(batch.embeddings)
+        left = {name for name in self.modalities if name in names and name not in modalities}
+        if FUSED in batch.embeddings:
+            left &= {NGRAMS}
+        if "text" in left:
             modalities["text"] = self._read_text(batch)
-        if "ngrams" in self.modalities:
+        if NGRAMS in left:
             values = self.ngrams(given(batch.ngrams), given(batch.ngram_starts))
-            modalities["ngrams"] = Tokens(values, batch.has_text[:, None], values[:, 0], batch.has_text)
-        patches, frames = self._look(batch)
+            modalities[NGRAMS] = Tokens(values, batch.has_text[:, None], values[:, 0], batch.has_text)
+        patches, frames = self._look(batch, left)
         if patches is not None:
             values, there = by_post(patches, batch.image_post, len(batch))
             mask = there.repeat_interleave(patches.shape[1], dim=1)
@@ -134,22 +140,29 @@ class Classifier(nn.Module):
             video = given(batch.video)
             values, mask, summary = self.frames(frames, video.times, video.post, len(batch))
             modalities["video"] = Tokens(values, mask, summary, video.present)
-        if "audio" in self.modalities:
+        if "audio" in left:
             sound = given(batch.audio)
             heard, there = self.audio(sound.values.to(self._dtype), sound.lengths)
             values, mask, summary = self.hearing(heard, there, sound.post, len(batch))
             modalities["audio"] = Tokens(values, mask, summary, sound.present)
-        return modalities
+        # In the order that the fusion knows.
+        return {name: modalities[name] for name in MODALITIES if name in modalities}
 
-    def judge(self, modalities: dict[str, Tokens]) -> Tensor:
-        """What the towers say of B posts, as `read` gives it → logits float32[B, L]."""
-        logits: Tensor = self.heads(self.fusion(modalities))
+    def judge(self, modalities: dict[str, Tokens], fused: Tensor | None = None) -> Tensor:
+        """What the towers say of B posts, as `read` gives it, or what the fusion made of it → logits float32[B, L]."""
+        ngrams = modalities.get(NGRAMS)
+        # A post whose text was dropped has none.
+        beside = None if ngrams is None else torch.where(ngrams.present[:, None], ngrams.summary, 0.0)
+        if fused is None:
+            joined = {name: tokens for name, tokens in modalities.items() if name != NGRAMS}
+            fused = self.fusion(joined) if self.fusion is not None else given(beside)[:, :0]
+        logits: Tensor = self.heads(fused, beside)
         return logits
 
     @property
     def _dtype(self) -> torch.dtype:
         """What the towers are given to read."""
-        return next(iter(self.fusion.absent.values())).dtype
+        return next(iter(given(self.fusion).absent.values())).dtype
 
     def _read_text(self, batch: Batch) -> Tokens:
         mask = batch.text_mask.clone()
@@ -161,21 +174,20 @@ class Classifier(nn.Module):
             values = self.segments(values, segments)
         return Tokens(values, mask, summarise(values, mask, self.pooling), batch.has_text)
 
-    def _look(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    def _look(self, batch: Batch, names: Collection[str]) -> tuple[Tensor | None, Tensor | None]:
         """The patches float[N, T, D] of all images, and those float[F, T, D] of all frames."""
         patches = frames = None
-        dtype = self._dtype
-        if "video" in self.modalities and self.shares_image_tower:
+        if "video" in names and self.shares_image_tower:
             # In one pass: a tower that ran twice would gather its weights twice under ZeRO-3.
             both = torch.cat([batch.pixels, given(batch.video).pixels])
-            patches, frames = self.image(self.normalise(both).to(dtype)).split(
+            patches, frames = self.image(self.normalise(both).to(self._dtype)).split(
                 [len(batch.pixels), len(both) - len(batch.pixels)]
             )
             return patches, frames
-        if "image" in self.modalities:
-            patches = self.image(self.normalise(batch.pixels).to(dtype))
-        if "video" in self.modalities:
-            frames = self.video(self.normalise_frames(given(batch.video).pixels).to(dtype))
+        if "image" in names:
+            patches = self.image(self.normalise(batch.pixels).to(self._dtype))
+        if "video" in names:
+            frames = self.video(self.normalise_frames(given(batch.video).pixels).to(self._dtype))
         return patches, frames
 
 

@@ -1,8 +1,9 @@
 """The seam between the frozen part of a classifier and the part that is trained: what crosses it depends on a post
 alone, so that it can be computed once (`train.cache_embeddings`).
 
-Where the fusion is frozen too, one vector crosses; elsewhere each modality's summary, and its tokens where the fusion
-looks at them. Modality dropout lies behind the towers and in front of the fusion.
+Where the fusion is frozen too, one vector crosses; elsewhere each frozen modality's summary, and its tokens where the
+fusion looks at them. Towers that are trained read the posts beside it. Modality dropout lies behind the towers and in
+front of the fusion.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
-from crossguard.configs.schema.model import MODALITIES
+from crossguard.configs.schema.model import MODALITIES, NGRAMS
 from crossguard.data.loading.embeddings import COUNTS, VALUES
 from crossguard.train.models.tokens import Tokens
 
@@ -41,9 +42,11 @@ SUMMARY, PRESENT = ".summary", ".present"
 class Seam:
     """What crosses from the frozen part."""
 
-    # Of the classifier's modules those that read posts, and the fusion where nothing is trained in front of it.
+    # Of the classifier's modules those that are not run again.
     frozen: tuple[str, ...]
-    # One vector a post, in place of what each tower says.
+    # What these read.
+    modalities: tuple[str, ...]
+    # One vector a post, in place of what each tower says that the fusion listens to.
     fused: bool
     # Of each modality also its tokens.
     tokens: bool
@@ -53,18 +56,23 @@ class Seam:
         """Where it lies in a model whose parameters are frozen as they will be in training.
 
         Raises:
-            UserError: an encoder is trained.
+            UserError: no encoder is frozen.
         """
-        fronts = [name for name, module in model.named_children() if name in FRONTS and _has_weights(module)]
-        for name, parameter in model.named_parameters():
-            if name.partition(".")[0] in fronts and parameter.requires_grad:
-                raise UserError(
-                    f"train.cache_embeddings=true: '{name}' is trained, so that what it makes of a post changes with"
-                    f" each step; freeze all that reads posts (train.freeze=[{', '.join(fronts)}])"
-                )
-        fused = is_frozen(model.fusion) and not model.modality_dropout
-        frozen = (*fronts, *(["fusion"] if fused else []))
-        return cls(frozen, fused, not fused and model.fusion.reads_tokens)
+        fronts = {name: module for name, module in model.named_children() if name in FRONTS and _has_weights(module)}
+        trained = {name: FRONTS[name] for name, module in fronts.items() if not is_frozen(module)}
+        read = set(trained.values())
+        if read & {"image", "video"} and getattr(model, "shares_image_tower", False):
+            read |= {"image", "video"}
+        modalities = tuple(name for name in model.modalities if name not in read)
+        fusion = model.fusion
+        if fusion is None or not set(modalities) - {NGRAMS}:
+            raise UserError(
+                "train.cache_embeddings=true: no encoder is frozen as a whole, and what a trained one makes of a post"
+                f" changes with each step; freeze one of {', '.join(trained)} (train.freeze)"
+            )
+        fused = is_frozen(fusion) and not model.modality_dropout and not read - {NGRAMS}
+        frozen = [name for name in fronts if FRONTS[name] in modalities]
+        return cls((*frozen, *(["fusion"] if fused else [])), modalities, fused, not fused and fusion.reads_tokens)
 
 
 def _has_weights(module: nn.Module) -> bool:

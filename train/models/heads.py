@@ -24,19 +24,20 @@ MAIN = "main"
 class Heads(nn.ModuleDict):
     """All heads, by name; each has policies of its own, so that none changes when another is added or trained."""
 
-    def __init__(self, config: dict[str, HeadConfig], taxonomy: Taxonomy, width: int):
+    def __init__(self, config: dict[str, HeadConfig], taxonomy: Taxonomy, width: int, beside: int = 0):
         """
         Args:
             config: name → its policies; without any, one head has all of them.
             taxonomy: the order of the policies, their parents and levels.
-            width: of the fused vector.
+            width: of the fused vector; 0 without one.
+            beside: of the vector of n-grams; 0 without them.
 
         Raises:
             UserError: a name that no head can have.
         """
         config = config or {MAIN: HeadConfig(list(taxonomy.names))}
         try:
-            super().__init__({name: Head(one, taxonomy, width) for name, one in config.items()})
+            super().__init__({name: Head(one, taxonomy, width, beside) for name, one in config.items()})
         except KeyError as error:  # It is what a method of torch's modules is called.
             raise UserError(f"model.heads: choose another name ({error.args[0]})") from None
         made = list(chain.from_iterable(taxonomy.columns_of(one.policies) for one in config.values()))
@@ -44,9 +45,9 @@ class Heads(nn.ModuleDict):
         self._order = [made.index(column) for column in range(taxonomy.num_labels)]
         self._parents = [(taxonomy.names.index(child), taxonomy.names.index(up)) for child, up in taxonomy.parents]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """float[B, width] → float32[B, L]: logits of the columns of the label vector."""
-        logits = torch.cat([head(features) for head in self.values()], dim=1)
+    def forward(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
+        """float[B, width] and float[B, beside] → float32[B, L]: logits of the columns of the label vector."""
+        logits = torch.cat([head(features, beside) for head in self.values()], dim=1)
         if self._order != sorted(self._order):
             logits = logits[:, self._order]
         if not self._parents:
@@ -91,20 +92,24 @@ def rows_of(config: dict[str, HeadConfig], taxonomy: Taxonomy) -> dict[str, list
 class Head(nn.Module):
     """Some of the policies: their logits, then the levels of those with a severity."""
 
-    def __init__(self, config: HeadConfig, taxonomy: Taxonomy, width: int):
+    def __init__(self, config: HeadConfig, taxonomy: Taxonomy, width: int, beside: int = 0):
         super().__init__()
         self.hidden = nn.Linear(width, config.hidden) if config.hidden else None
         levels = [policy.severity_levels for policy in taxonomy.policies if policy.name in config.policies]
-        self.logits = nn.Linear(config.hidden or width, len(levels))
+        self.logits = nn.Linear((config.hidden or width) + beside, len(levels))
         # Every policy starts at probability one half (given its parent), whatever the encoders say.
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
+        if beside:  # The n-grams' table is zero: were this zero as well, neither would ever learn.
+            nn.init.orthogonal_(self.logits.weight.detach()[:, -beside:])
         self.severity = Severity([count for count in levels if count], self.logits.in_features) if any(levels) else None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """float[B, width] → float32[B, columns]."""
+    def forward(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
+        """float[B, width] and float[B, beside] → float32[B, columns]."""
         if self.hidden is not None:
             features = F.gelu(self.hidden(features))
+        if beside is not None:
+            features = torch.cat([features, beside], dim=-1)
         logits: Tensor = self.logits(features).float()
         return logits if self.severity is None else torch.cat([logits, self.severity(features)], dim=1)
 

@@ -32,13 +32,14 @@ INPUTS = {
 }
 
 
-def load_encoder(name: str, role: Role, *, pooler: bool = False) -> PreTrainedModel:
+def load_encoder(name: str, role: Role, *, pooler: bool = False, layers: int | None = None) -> PreTrainedModel:
     """A pretrained encoder in float32; of a dual encoder (CLIP, SigLIP) the tower of `role`.
 
     Args:
         name: hub id or local folder.
         role: which tower, and which key of the configuration an error names.
         pooler: whether its pooler is used, which many checkpoints leave out.
+        layers: so many of its layers, from below, where it has more; by default all.
 
     Raises:
         UserError: there is no such model, it reads something else, or its file lacks weights of the encoder.
@@ -48,7 +49,7 @@ def load_encoder(name: str, role: Role, *, pooler: bool = False) -> PreTrainedMo
     # does it depend on the run's seed, so that runs of several may share embeddings that are computed once.
     with _opening(key), _quiet(), torch.random.fork_rng(devices=[]), _partitioning():
         torch.manual_seed(0)
-        config, is_part = _read_config(name, role)
+        config, is_part = _read_config(name, role, layers)
         # Of a dual encoder's file only the tower's weights are read, whose names all begin alike.
         names = {rf"^{PARTS[role].replace('config', 'model')}\.": ""} if is_part else None
         model_class: Any = _model_class(config)
@@ -137,14 +138,14 @@ def encoder_config(encoder: PreTrainedModel) -> dict[str, Any]:
     return _as_values(encoder.config)
 
 
-def pretrained_config(name: str, role: Role) -> dict[str, Any]:
-    """What `new_encoder` needs to build the architecture of a pretrained encoder; its weights are not looked at.
+def pretrained_config(name: str, role: Role, layers: int | None = None) -> dict[str, Any]:
+    """What `new_encoder` needs to build the architecture that `load_encoder` gives; weights are not looked at.
 
     Raises:
         UserError: there is no such model.
     """
     with _opening(f"model.{role}.pretrained={name}"):
-        return _as_values(_read_config(name, role)[0])
+        return _as_values(_read_config(name, role, layers)[0])
 
 
 @contextmanager
@@ -157,13 +158,17 @@ def _opening(key: str) -> Iterator[None]:
         ) from error
 
 
-def _read_config(name: str, role: Role) -> tuple[Any, bool]:
+def _read_config(name: str, role: Role, layers: int | None = None) -> tuple[Any, bool]:
     """The configuration of a pretrained encoder, without what is random in a way that differs from rank to rank, and
     whether it is that of one tower of a dual encoder."""
     from transformers import AutoConfig
 
     whole = AutoConfig.from_pretrained(name)
     config = _tower_config(whole, role)
+    if layers is not None and layers < config.num_hidden_layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:layers]
     for setting, value in RANDOM.items():
         if role == "audio" and hasattr(config, setting):
             setattr(config, setting, value)

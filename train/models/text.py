@@ -52,7 +52,7 @@ def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) ->
     if config.build:
         return build_own_tower(config.build, "model.text.build", config)
     if config.pretrained:
-        encoder = load_encoder(config.pretrained, "text")
+        encoder = load_encoder(config.pretrained, "text", layers=config.depth)
     else:
         ids = {"vocab_size": vocab_size, "pad_token_id": pad_id, "bos_token_id": None, "eos_token_id": None}
         encoder = new_encoder(config.config, ids, "text")

@@ -88,7 +88,7 @@ def _described(config: ModelConfig) -> tuple[ModelConfig, int, int]:
     """
     encoders: dict[str, Any] = {
         "image" if encoder is config.image else name: replace(
-            encoder, pretrained=None, config=pretrained_config(encoder.pretrained, cast(Role, name))
+            encoder, pretrained=None, config=pretrained_config(encoder.pretrained, cast(Role, name), encoder.depth)
         )
         for name, encoder in config.encoders.items()
         if encoder.pretrained
