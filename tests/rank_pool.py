@@ -27,10 +27,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# What a rank imports, so far as it is not a test's own.
+# What a rank imports sooner or later, so far as it is not a test's own.
 import deepspeed  # noqa: F401
 import numpy as np
+import pyarrow.dataset  # noqa: F401
+import setuptools  # noqa: F401
+import sklearn.metrics  # noqa: F401
 import torch
+import torch._inductor.ir
 import transformers.models.bert.modeling_bert
 import transformers.models.vit.modeling_vit  # noqa: F401
 from torch.distributed import TCPStore
