@@ -109,8 +109,8 @@ class Gated(Fusion):
 class Attending(Fusion):
     """Attention between modalities, and beside what comes of it the product of their summaries.
 
-    The product (low-rank bilinear pooling, arXiv 1610.04325) finds combinations quickly; attention, which begins as a
-    mean over many tokens, alone takes long to, but also finds those between parts of a text and parts of an image.
+    The product (low-rank bilinear pooling, arXiv 1610.04325) finds combinations quickly. Attention, which begins as a
+    mean over many tokens, takes long to, but also finds those between parts of a text and parts of an image.
     """
 
     def __init__(self, config: FusionConfig, widths: dict[str, int], features: int):
@@ -127,6 +127,7 @@ class Attending(Fusion):
 
     def with_product(self, features: list[Tensor], summaries: list[Tensor]) -> Tensor:
         """What came of the attention and the product, float[B, output_width]."""
+        # Of a modality that is alone there are none.
         factors = [factor(summary) for factor, summary in zip(self.factors.values(), summaries, strict=False)]
         product = [reduce(torch.mul, factors)] if factors else []
         fused: Tensor = self.norm(torch.cat([*features, *product], dim=-1))
