@@ -14,6 +14,7 @@ from crossguard.configs.errors import UserError
 from crossguard.configs.schema.fusion import FusionConfig
 from crossguard.configs.schema.heads import HeadConfig
 from crossguard.train.models import Classifier
+from crossguard.train.models.attention import Block, CrossBlock
 from crossguard.train.models.fusion import build_fusion
 from crossguard.train.models.tokens import Tokens, summarise
 from crossguard.train.models.withheld import Withheld
@@ -79,6 +80,30 @@ def tokens(number: int, length: int, width: int, present: list[bool]) -> Tokens:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_all_but_late_fusion_learn_a_combination(kind: str) -> None:
+    """Whether two modalities agree, where each of them alone says nothing."""
+    torch.manual_seed(0)
+    fusion = build_fusion(FusionConfig(**{"width": 16, "heads": 2, **KINDS[kind]}), {"text": 8, "image": 8})
+    head = torch.nn.Linear(fusion.output_width, 1)
+    optimizer = torch.optim.AdamW([*fusion.parameters(), *head.parameters()], lr=3e-3)
+    for _ in range(120):
+        said = torch.randint(2, (2, 128)) * 2 - 1
+        given = {}
+        for name, sign in zip(("text", "image"), said, strict=True):
+            values = torch.randn(128, 6, 8)
+            values[:, :, 0] += sign[:, None]
+            mask = torch.ones(128, 6, dtype=torch.bool)
+            given[name] = Tokens(values, mask, values.mean(1), mask[:, 0])
+        logits, agree = head(fusion(given))[:, 0], (said[0] == said[1]).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, agree)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = ((logits > 0) == agree.bool()).float().mean().item()
+    assert right < 0.65 if kind == "late" else right > 0.85
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_modalities(kind: str) -> None:
     """Each one counts where it is there, and not at all where it is not."""
     config = FusionConfig(**{"width": 16, "heads": 2, **KINDS[kind]})
@@ -101,6 +126,19 @@ def test_any_number_of_modalities(kind: str) -> None:
             lost, lost_other = (fuse({**given, name: one}) for one in absent)
             assert (lost[0] - whole[0]).abs().max() < 1e-6 < 1e-4 < (lost[1] - whole[1]).abs().max(), name
             assert torch.equal(lost[1], lost_other[1]), name
+
+
+def test_a_last_layer_computes_what_is_read_and_that_is_the_same() -> None:
+    torch.manual_seed(0)
+    block, cross = Block(FusionConfig(width=16, heads=2)), CrossBlock(FusionConfig(width=16, heads=2))
+    values, mask = torch.randn(3, 7, 16), torch.arange(7) < torch.tensor([[7], [5], [2]])
+    with torch.no_grad():
+        for whole, part in (
+            (block(values, mask), block(values, mask, 2)),
+            (cross(values, values, mask), cross(values[:, :2], values, mask)),
+        ):
+            assert part.shape == (3, 2, 16)
+            assert (whole[:, :2] - part).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

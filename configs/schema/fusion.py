@@ -17,7 +17,7 @@ class FusionConfig:
 
     # late adds up what each modality says and finds no combination of them; gated lets modalities open and close each
     # other's features; cross lets the tokens of each attend to those of the others; joint is a small transformer over
-    # all tokens, and the product of the modalities' summaries.
+    # all tokens. Cross and joint have the product of the modalities' summaries as well.
     kind: str = "joint"
     # Width of the fused representation.
     width: int = 128
@@ -27,8 +27,8 @@ class FusionConfig:
     heads: int = 4
     # Dropout inside the fusion.
     dropout: float = 0.0
-    # In joint: so many tokens through which alone the modalities hear of each other, in place of attention over all
-    # tokens and of the product (arXiv 2107.00135); 0 is off. Cheaper where modalities have many tokens.
+    # In joint: so many tokens through which alone the modalities' tokens hear of each other, in place of attention over
+    # all of them (arXiv 2107.00135); 0 is off. Cheaper where modalities have many tokens.
     bottleneck: int = 0
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ COMMON = (
     *("recipe=quickstart", "tracker=none", "data.options.label_noise=0.05", "evaluation.every_steps=0"),
     # More and smaller steps than the quickstart's, with fewer posts in all. For steps so small its rate is too high: their
     # noise leads away from combinations before anything is learned of them.
-    *("train.batch_size=64", "train.micro_batch_size=32", "train.max_steps=1000", "train.warmup_steps=50"),
+    *("train.batch_size=64", "train.micro_batch_size=32", "train.max_steps=800", "train.warmup_steps=50"),
     *("train.lr=3e-4", "model.fusion.width=128"),
 )
 LATE = "model.fusion.kind=late"

@@ -82,17 +82,5 @@ class CrossBlock(nn.Module):
         return F.dropout(values, self.dropout, self.training)
 
 
-class GatedGelu(nn.Module):
-    """GEGLU (arXiv 2002.05202): one half of the features, multiplied by the GELU of the other.
-
-    What two modalities say together is a product, of which a GELU of their sum holds traces alone.
-    """
-
-    def forward(self, values: Tensor) -> Tensor:
-        """float[…, 2·N] → float[…, N]."""
-        features, gates = values.chunk(2, dim=-1)
-        return features * F.gelu(gates)
-
-
 def _mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(Linear(width, 4 * width), GatedGelu(), Linear(2 * width, width))
+    return nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))

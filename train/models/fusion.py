@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import reduce
 from typing import cast
 
 import torch
@@ -105,19 +106,46 @@ class Gated(Fusion):
         return fused
 
 
-class Cross(Fusion):
+class Attending(Fusion):
+    """Attention between modalities, and beside what comes of it the product of their summaries.
+
+    The product (low-rank bilinear pooling, arXiv 1610.04325) finds combinations quickly. Attention, which begins as a
+    mean over many tokens, takes long to, but also finds those between parts of a text and parts of an image.
+    """
+
+    def __init__(self, config: FusionConfig, widths: dict[str, int], features: int):
+        """
+        Args:
+            config, widths: as for all.
+            features: how many vectors come of the attention.
+        """
+        super().__init__(config, widths)
+        width = config.width
+        self.factors = nn.ModuleDict({name: Linear(width, width) for name in widths} if len(widths) > 1 else {})
+        self.output_width = width * (features + bool(self.factors))
+        self.norm = nn.LayerNorm(self.output_width)
+
+    def with_product(self, features: list[Tensor], summaries: list[Tensor]) -> Tensor:
+        """What came of the attention and the product, float[B, output_width]."""
+        # Of a modality that is alone there are none.
+        factors = [factor(summary) for factor, summary in zip(self.factors.values(), summaries, strict=False)]
+        product = [reduce(torch.mul, factors)] if factors else []
+        fused: Tensor = self.norm(torch.cat([*features, *product], dim=-1))
+        return fused
+
+
+class Cross(Attending):
     """Cross-attention (arXiv 1908.02265): the tokens of each modality attend to those of all others, layer by layer."""
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
-        super().__init__(config, widths)
+        super().__init__(config, widths, len(widths))
         self.layers = nn.ModuleList(
             nn.ModuleDict({name: CrossBlock(config) for name in widths}) for _ in range(config.layers)
         )
-        self.output_width = config.width * len(widths)
-        self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
-        values, masks = self.sequences(modalities, self.summaries(modalities))
+        summaries = self.summaries(modalities)
+        values, masks = self.sequences(modalities, summaries)
         for number, blocks in enumerate(cast(Iterable[nn.ModuleDict], self.layers), 1):
             # Of the last layer only the summaries are read.
             count = 1 if number == len(self.layers) else None
@@ -125,26 +153,17 @@ class Cross(Fusion):
                 block(value[:, :count], torch.cat(_others(values, place), 1), torch.cat(_others(masks, place), 1))
                 for place, (block, value) in enumerate(zip(blocks.values(), values, strict=True))
             ]
-        fused: Tensor = self.norm(torch.cat([value[:, 0] for value in values], dim=-1))
-        return fused
+        return self.with_product([value[:, 0] for value in values], summaries)
 
 
-class Joint(Fusion):
-    """One transformer over the tokens of all modalities, and the product of their summaries.
-
-    The product (low-rank bilinear pooling, arXiv 1610.04325) finds combinations quickly; attention over the joined
-    tokens also finds those between parts of a text and parts of an image.
-    """
+class Joint(Attending):
+    """One transformer over the tokens of all modalities; without layers, the product and the summaries."""
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
-        super().__init__(config, widths)
-        width = config.width
-        self.first = nn.Parameter(torch.randn(width) * 0.02)
+        super().__init__(config, widths, 1 + len(widths))
+        self.first = nn.Parameter(torch.randn(config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.reads_tokens = bool(self.blocks)
-        self.factors = nn.ModuleDict({name: Linear(width, width) for name in widths} if len(widths) > 1 else {})
-        self.output_width = width * (1 + len(widths) + bool(self.factors))
-        self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         summaries = self.summaries(modalities)
@@ -154,32 +173,28 @@ class Joint(Fusion):
         mask = torch.cat([torch.ones_like(masks[0][:, :1]), *masks], dim=1)
         for number, block in enumerate(self.blocks, 1):
             joint = block(joint, mask, 1 if number == len(self.blocks) else None)
-        features = [joint[:, 0], *summaries]
-        if self.factors:
-            features.append(_product(list(self.factors.values()), summaries))
-        fused: Tensor = self.norm(torch.cat(features, dim=-1))
-        return fused
+        return self.with_product([joint[:, 0], *summaries], summaries)
 
 
-class Bottleneck(Fusion):
-    """A transformer for each modality; what they tell each other passes through a few common tokens, which after each
+class Bottleneck(Attending):
+    """A transformer for each modality; their tokens hear of each other through a few common ones, which after each
     layer are the mean of what all made of them (arXiv 2107.00135). Those are read out as well: they alone hold all."""
 
     def __init__(self, config: FusionConfig, widths: dict[str, int]):
-        super().__init__(config, widths)
+        super().__init__(config, widths, 1 + len(widths))
         self.bottleneck = nn.Parameter(torch.randn(config.bottleneck, config.width) * 0.02)
         self.layers = nn.ModuleList(
             nn.ModuleDict({name: Block(config) for name in widths}) for _ in range(config.layers)
         )
-        self.output_width = config.width * (1 + len(widths))
-        self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
-        values, masks = self.sequences(modalities, self.summaries(modalities))
+        summaries = self.summaries(modalities)
+        values, masks = self.sequences(modalities, summaries)
         count = len(self.bottleneck)
         common = self.bottleneck.expand(len(values[0]), -1, -1)
         masks = [torch.cat([mask.new_ones(len(mask), count), mask], dim=1) for mask in masks]
         for number, blocks in enumerate(cast(Iterable[nn.ModuleDict], self.layers), 1):
+            # Of the last layer only these and the summaries are read.
             last = count + 1 if number == len(self.layers) else None
             read = [
                 block(torch.cat([common, value], dim=1), mask, last)
@@ -187,8 +202,7 @@ class Bottleneck(Fusion):
             ]
             values = [value[:, count:] for value in read]
             common = torch.stack([value[:, :count] for value in read]).mean(dim=0)
-        fused: Tensor = self.norm(torch.cat([common.mean(dim=1), *(value[:, 0] for value in values)], dim=-1))
-        return fused
+        return self.with_product([common.mean(dim=1), *(value[:, 0] for value in values)], summaries)
 
 
 class Projection(nn.Module):
@@ -219,10 +233,3 @@ def build_fusion(config: FusionConfig, widths: dict[str, int]) -> Fusion:
 def _others(items: list[Tensor], place: int) -> list[Tensor]:
     """All but one; a modality that is alone has itself."""
     return items[:place] + items[place + 1 :] or items
-
-
-def _product(factors: list[nn.Module], summaries: list[Tensor]) -> Tensor:
-    product = factors[0](summaries[0])
-    for factor, summary in zip(factors[1:], summaries[1:], strict=True):
-        product = product * factor(summary)
-    return product
