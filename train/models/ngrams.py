@@ -16,7 +16,7 @@ from crossguard.train.models.tower import Tower
 
 # AdamW moves every weight by about the learning rate, whatever it is multiplied with. A text has few of the many
 # n-grams: theirs must move further than those of a dense layer to count as much.
-SCALE = 10.0
+SCALE = 5.0
 
 
 class NgramTower(Tower):
