@@ -129,6 +129,19 @@ def test_training_meets_disguises_by_position_alone() -> None:
     assert [bytes(other(raw, position).input_ids.tolist()) for position in range(200)] != texts
 
 
+def test_a_post_may_have_one_disguise_wherever_it_comes() -> None:
+    once = PostEncoder(model_config(), TAXONOMY, attacks=TextAttacks(0.5, ATTACKS, seed="3", once=True))
+    said = "people should never listen to nobody"
+    texts = []
+    for number in range(200):
+        raw = RawSample({"id": f"p{number}", "labels": {}}, text=said)
+        first, second, outside = (bytes(once(raw, position).input_ids.tolist()) for position in (0, 1000 - number, -1))
+        assert first == second
+        texts.append(first)
+    assert 0.35 < sum(text != outside for text in texts) / len(texts) < 0.65
+    assert len(set(texts)) > 60
+
+
 def test_the_normaliser_is_part_of_the_encoding() -> None:
     config = model_config()
     plain = PostEncoder(config, TAXONOMY)

@@ -27,6 +27,7 @@ from crossguard.data.taxonomy import Taxonomy
 from crossguard.train.checkpoint_folder import best_or_latest
 from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.disguise import Disguise
+from crossguard.train.evaluation.evasion import POINT
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.scoring import score_split
 from crossguard.train.evaluation.stage import run_evaluation
@@ -135,7 +136,7 @@ def test_scores_that_are_no_numbers_end_the_job(config: Config) -> None:
 @pytest.fixture(scope="module")
 def evaluated(config: Config) -> Config:
     """The run, evaluated on one rank with an ablation."""
-    config.evaluation.attacks = ["swaps", "homoglyphs"]
+    config.evaluation.attacks, config.evaluation.max_attacked_posts = ["swaps", "homoglyphs"], 30
     save_config(config, Path(config.run_dir) / "config.yaml")  # As the program on two ranks reads it.
     add_ablation(config, "text_only", ["text"])
     (Path(config.run_dir) / "ablations" / "never_trained").mkdir()
@@ -160,6 +161,8 @@ def test_the_stage_writes_what_the_contract_says(evaluated: Config) -> None:
     assert metrics["checkpoint"] == {"step": 3}
     for evasion in (metrics["evasion"], metrics["ablations"]["text_only"]["evasion"]):
         assert (evasion["split"], set(evasion["families"])) == ("test", {"swaps", "homoglyphs"})
+        attacked = evasion["families"]["swaps"][POINT]["policies"]["spam"]["all"]["n"]
+        assert 0 < attacked <= 30 < test["policies"]["spam"]["all"]["n"]
     for folder in (run_dir, run_dir / "ablations" / "text_only"):
         assert {file.name for file in (folder / "predictions").iterdir()} == {"validation.parquet", "test.parquet"}
 

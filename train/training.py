@@ -102,9 +102,7 @@ def _train(
         saver.save(_about(config, inputs, beside, state, tracker), {FILE_NAME: inputs.refused.encode()}, best=best)
 
     cache = _open_cache(config, engine, inputs)
-    embeddings = None
-    if cache is not None:
-        embeddings, inputs.encode = cache.of(inputs.reader), cache.beside
+    embeddings = None if cache is None else cache.of(inputs.reader)
     # Of the encoders, which take most of it, nothing is computed then.
     compute = None if cache is not None else find_compute(config, ranks)
     saver = _open_saver(config, engine)
@@ -137,9 +135,12 @@ def _train(
 
 
 def _open_cache(config: Config, engine: Engine, inputs: Inputs) -> EmbeddingCache | None:
+    """What stands in for the posts; from then on no more is read of them than it leaves out."""
     if not config.train.cache_embeddings:
         return None
-    return EmbeddingCache(config, engine, inputs.encode, inputs.reader.folders)
+    cache = EmbeddingCache(config, engine, inputs.encode, inputs.reader.folders)
+    inputs.encode = cache.beside
+    return cache
 
 
 def _open_loader(
