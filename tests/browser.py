@@ -38,12 +38,12 @@ class Browser:
         assert "error" not in message, message
         return dict(message["result"])
 
-    def open(self, file: Path, width: int, *, dark: bool = False) -> None:
-        """Show a page in a window of so many pixels, and wait until it is loaded."""
+    def open(self, file: Path, width: int, *, dark: bool = False, printed: bool = False) -> None:
+        """Show a page in a window, or on paper, of so many pixels, and wait until it is loaded."""
         self.events.clear()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.ask("Emulation.setEmulatedMedia", media="print" if printed else "screen", features=[scheme])
         self.ask("Page.navigate", url=file.resolve().as_uri())
         while not self.named("Page.loadEventFired"):
             self.events.append(self._message())

@@ -55,6 +55,24 @@ def test_the_page_is_readable_and_silent(browser: Browser, report: Path, width: 
     assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
 
 
+def test_on_paper_nothing_is_folded_or_cut_off(browser: Browser, report: Path) -> None:
+    width = 673  # A4 without its margins
+    browser.open(report, width, printed=True)
+    assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+    cut_off = "[...document.querySelectorAll('.scroll, pre')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(cut_off) == 0
+    # What is folded on a screen stands open.
+    folded = "[...document.querySelectorAll('details > :last-child')].map(e => e.getBoundingClientRect().height)"
+    assert min(browser.evaluate(folded)) > 0
+    dark_ink = "getComputedStyle(document.body).color"
+    inks = []
+    for dark in (False, True):
+        browser.open(report, width, dark=dark, printed=True)
+        inks.append(browser.evaluate(dark_ink))
+    assert inks[0] == inks[1]
+
+
 def test_what_is_wrong_is_seen(browser: Browser, report: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     source = report.read_text(encoding="utf-8")

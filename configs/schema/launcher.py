@@ -158,7 +158,7 @@ class LauncherConfig:
     grace_seconds: float = 120.0
     # How often the ranks are started again, from the newest checkpoint, after one was killed by a signal or hung.
     max_restarts: int = 0
-    # From the second restart on, local: use fewer ranks each time, the next smaller number that divides
+    # From the second restart on, local: use fewer ranks each time; in training the next smaller number that divides
     # train.batch_size.
     elastic: bool = False
     # Environment variables for the job, e.g. {NCCL_DEBUG: INFO}. No secrets: they would stand in files.

@@ -23,6 +23,8 @@ STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0, np.inf)
 # The policy's own map is drawn a little towards the scores as they are: with few positives it must not run away.
 POLICY_STRENGTH = 1.0
 # As if so many more languages were exactly like their policy: among few languages, few labels prove no difference.
+# Twenty labels then cost .0003 of log loss, against the policy's map, where languages are alike (.003 with 0); where
+# others differ and this one does not, .004 (.008); where it is off by 1.6 logits they gain .028 (.032).
 LIKE_POLICY = 4.0
 FOLDS = 5
 FARTHEST = 30.0

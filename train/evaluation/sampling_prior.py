@@ -41,11 +41,14 @@ class Trained:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], checkpoint: Path, step: int) -> Trained:
-        """From the configuration in a checkpoint; a UserError where this version of the schema refuses it."""
+        """From the configuration in a checkpoint; a UserError where this version of the schema refuses it.
+
+        What an older version did not have yet is at its default, which does what was done before.
+        """
         return cls(
             step,
-            part_of(MixingConfig, config["data"]["mixing"], checkpoint),
-            part_of(LogitAdjustmentConfig, config["train"]["loss"]["logit_adjustment"], checkpoint),
+            part_of(MixingConfig, config["data"].get("mixing", {}), checkpoint),
+            part_of(LogitAdjustmentConfig, config["train"]["loss"].get("logit_adjustment", {}), checkpoint),
         )
 
 

@@ -47,6 +47,6 @@ def check_trained_splits(config: Config, manifest: Manifest) -> None:
     for split, what in needed.items():
         if split not in manifest.splits:
             raise UserError(
-                f"the shards have no split '{split}', which {what} needs; they have {', '.join(manifest.splits)}"
-                " (see `split` of the posts, and build.splits)"
+                f"the shards have no split '{split}', which {what} needs; they have {', '.join(manifest.splits)}; "
+                f"give posts `split: {split}`, or build from more: build.splits deals them out by a hash of their ids"
             )
