@@ -81,9 +81,10 @@ class Late(Fusion):
 
 
 class Gated(Fusion):
-    """The features of each modality, multiplied by gates that the other modalities set (after arXiv 1702.01992).
+    """The features of each modality, and the same multiplied by gates that the other modalities set (after arXiv
+    1702.01992).
 
-    Gates lie between 0 and 2: where nothing is learned yet they let features through as they are.
+    Side by side: in their sum, a gate between 0 and 2, what a modality says alone would drown what the gates say.
     """
 
     reads_tokens = False
@@ -93,16 +94,17 @@ class Gated(Fusion):
         width, others = config.width, max(1, len(widths) - 1)
         self.features = nn.ModuleDict({name: Linear(width, width) for name in widths})
         self.gates = nn.ModuleDict({name: Linear(others * width, width) for name in widths})
-        self.output_width = width * len(widths)
+        self.output_width = 2 * width * len(widths)
         self.norm = nn.LayerNorm(self.output_width)
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         summaries = self.summaries(modalities)
-        opened = [
-            self.features[name](summary) * (1 + self.gates[name](torch.cat(_others(summaries, place), -1)).tanh())
-            for place, (name, summary) in enumerate(zip(modalities, summaries, strict=True))
+        features = [self.features[name](summary) for name, summary in zip(modalities, summaries, strict=True)]
+        gated = [
+            feature * self.gates[name](torch.cat(_others(summaries, place), -1)).tanh()
+            for place, (name, feature) in enumerate(zip(modalities, features, strict=True))
         ]
-        fused: Tensor = self.norm(torch.cat(opened, dim=-1))
+        fused: Tensor = self.norm(torch.cat([*features, *gated], dim=-1))
         return fused
 
 
