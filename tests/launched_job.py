@@ -13,7 +13,11 @@ from rank_training import arguments, write_shards
 
 HERE = Path(__file__).parent
 STEPS = 6
-SETTINGS = ["train.loss.name=waiting_loss:loss", f"train.max_steps={STEPS}", "checkpoint.every_steps=100"]
+SETTINGS = [
+    *("train.loss.name=waiting_loss:loss", f"train.max_steps={STEPS}", "checkpoint.every_steps=100"),
+    # Sums over threads end in other digits; by default a host's cores are shared out among its ranks.
+    "launcher.threads_per_proc=1",
+]
 
 
 def job(folder: Path, run_dir: str, *settings: str) -> list[str]:

@@ -62,7 +62,7 @@ def config_with_all_terms(folder: Path, stage: int, **train: Any) -> Config:
         "alignment": AlignmentConfig(str(folder / "pairs.jsonl"), weight=0.3, batch_size=PAIRS, temperature=0.2),
         "consistency": ConsistencyConfig(weight=0.6),
     }
-    return config_of(stage, **({"lr": 1e-3} | terms | train))
+    return config_of(stage, **({"lr": 1e-4} | terms | train))
 
 
 def outspoken(config: Config) -> Classifier:
