@@ -56,9 +56,9 @@ class Ranks:
         """The sum of `value` over all ranks, in place."""
         if self.world_size > 1:
             if value.device.type == "cpu" and value.numel() <= MOST_GATHERED:
-                parts = [torch.empty_like(value) for _ in range(self.world_size)]
-                dist.all_gather(parts, value, group=self.group)
-                return value.copy_(torch.stack(parts).sum(0))
+                parts = value.new_empty((self.world_size, *value.shape))
+                dist.all_gather([*parts], value, group=self.group)
+                return torch.sum(parts, 0, dtype=value.dtype, out=value)
             dist.all_reduce(value, group=self.group)
         return value
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds between two training lines that the tracker is told: to W&B one takes as long as a small step does.
 BETWEEN_TOLD = 1.0
+# Seconds that a look at the process's memory is good for: it costs more than writing a line.
+MEMORY_KNOWN = 1.0
 
 
 class StepLog:
@@ -51,6 +53,7 @@ class StepLog:
         self._told_at = float("-inf")
         self._untold: dict[str, Any] | None = None
         self._process = psutil.Process()
+        self._resident, self._looked_at = 0.0, float("-inf")
         self._throughput = Throughput(ranks.device, compute)
         self._open = ExitStack()
 
@@ -127,7 +130,9 @@ class StepLog:
         """Peak memory of the GPU, or resident memory of the process without one, in MiB."""
         if self._ranks.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return float(self._process.memory_info().rss) / 2**20
+        if time.monotonic() - self._looked_at >= MEMORY_KNOWN:
+            self._resident, self._looked_at = self._process.memory_info().rss / 2**20, time.monotonic()
+        return self._resident
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
