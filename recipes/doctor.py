@@ -80,7 +80,7 @@ def _versions() -> Finding:
 def _compiler() -> Finding:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        return Finding("no C++ compiler", "train.compile and DeepSpeed's own operators (NVMe) need one: install g++")
+        return Finding("no C++ compiler", "train.compile and DeepSpeed's own operators need one: install g++")
     return Finding(compiler) if shutil.which("ninja") else Finding(compiler, "no ninja: pip install ninja")
 
 
