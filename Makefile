@@ -24,7 +24,7 @@ demo: setup
 
 # Tests that mostly wait, for processes that start, hang or are killed.
 WAITING := $(addprefix tests/test_,build_kills.py finetuning.py guards.py kubernetes.py launchers.py launching.py \
-	nodes.py preemption.py restarts.py slurm.py soak.py)
+	nodes.py preemption.py restarts.py resume.py slurm.py soak.py)
 
 # Side by side: types are checked, and some tests run, while others wait.
 test: setup
