@@ -14,7 +14,7 @@ import torch
 from conftest import write_posts
 from evaluation_job import ALONE, add_ablation, make_config, make_run
 from rank_models import run_ranks
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor, nn
 
 from crossguard.configs.errors import JobError, UserError
@@ -190,6 +190,8 @@ def test_two_ranks_write_the_same_bytes_as_one(evaluated: Config, tmp_path: Path
             if "insufficient" not in cell:
                 assert cell["auroc"] == roc_auc_score(labels, scores)
                 assert cell["average_precision"] == average_precision_score(labels, scores)
+                precision, recall, _ = precision_recall_curve(labels, scores)
+                assert cell["recall_at_precision_90"] == recall[precision >= 0.9].max()
 
 
 def test_posts_that_cannot_be_read_are_left_out_and_named_once(
