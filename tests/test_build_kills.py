@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from build_job import build, build_line, files_of, make_config, make_posts, write_lines
+from rank_jobs import alive
 
 from crossguard.configs.errors import JobError, UserError
 from crossguard.data.shards.manifest import Manifest
@@ -41,13 +42,6 @@ def wait_until(done: Any, process: subprocess.Popen[bytes] | None = None) -> Non
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_build_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:

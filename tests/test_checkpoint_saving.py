@@ -251,7 +251,10 @@ def test_what_a_kill_leaves_at_any_moment_is_whole(tmp_path: Path) -> None:
 def stopped(pid: int) -> bool:
     """All threads of a process."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    try:
+        return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    except (FileNotFoundError, ProcessLookupError):  # a thread ended just now
+        return False
 
 
 def names(run_dir: Path) -> list[str]:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from orders import plain_order
 from PIL import Image
+from rank_jobs import alive
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import BuildConfig, Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig
@@ -361,13 +362,6 @@ while True:
 """
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_workers_outlive_a_signal_to_the_group_but_not_their_parent(shards: Shards, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     parts.write_bytes(pickle.dumps((shards.reader(), plain_order(POSTS, BATCH, 0), shards.encoder())))
@@ -382,8 +376,8 @@ def test_workers_outlive_a_signal_to_the_group_but_not_their_parent(shards: Shar
     assert len(workers) == 2
     os.killpg(job.pid, signal.SIGTERM)
     assert [job.stdout.readline() for _ in range(200)] == ["step\n"] * 200
-    assert all(map(running, workers))
+    assert all(map(alive, workers))
     job.kill()
     job.wait()
-    while any(map(running, workers)):  # the test's own time limit ends it
+    while any(map(alive, workers)):  # the test's own time limit ends it
         time.sleep(0.05)
