@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-launchers test-browser unit unit-waiting soak lint bench constraints clean
+.PHONY: setup demo test test-launchers test-browser test-nvme unit unit-waiting soak lint bench constraints clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ test-launchers: setup
 test-browser: setup
 	PYTHONPATH=tests $(BIN)/python -c 'from packages import installed; installed({"chromium": "chromium"})'
 	$(BIN)/pytest tests/test_report_in_browser.py
+
+# Optimizer states on NVMe, for which DeepSpeed builds an operator at first (needs g++ and Debian's libaio-dev).
+test-nvme: setup
+	$(BIN)/pytest -m nvme tests/test_nvme.py
 
 lint: setup
 	$(BIN)/ruff check .

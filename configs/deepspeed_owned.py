@@ -34,11 +34,11 @@ def check_owned(block: Mapping[str, Any]) -> None:
     for name, instead in OWNED.items():
         if _holds(block, name):
             raise UserError(f"zero.deepspeed.{name}: crossguard sets it; use {instead}")
-    for offload in ("offload_optimizer", "offload_param"):
-        if _at(block, f"zero_optimization.{offload}.device") == "nvme":
-            raise UserError(
-                f"zero.deepspeed.zero_optimization.{offload}.device=nvme: checkpoints cannot see state on NVMe; use cpu"
-            )
+    if _at(block, "zero_optimization.offload_param.device") == "nvme":
+        raise UserError(
+            "zero.deepspeed.zero_optimization.offload_param.device=nvme: checkpoints cannot see weights on NVMe; use cpu,"
+            " and nvme for offload_optimizer, which holds three times as much"
+        )
     # With these DeepSpeed steps a part of the weights with an optimizer of its own.
     for name, only in (("ratio", 1), ("super_offload", False)):
         if _at(block, f"zero_optimization.offload_optimizer.{name}") not in (None, only):

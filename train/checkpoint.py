@@ -126,9 +126,10 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
     ranks = engine.ranks
     state = folder.read_state(checkpoint)
     _check_model(checkpoint, state, engine)
+    fragments = held_fragments(engine)
     error: Exception | None = None
     try:
-        _fill(checkpoint, held_fragments(engine))
+        _fill(checkpoint, fragments)
         random_file = checkpoint / random_name(ranks.rank)
         if random_file.is_file() and state["world_size"] == ranks.world_size:
             set_random_state(json.loads(random_file.read_text()))
@@ -140,7 +141,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
         error = UserError(f"{checkpoint}: unreadable ({failed}); start again to use an older one")
     ranks.agree(error)
     set_optimizer_steps(engine, state["optimizer_steps"])
-    refresh_weights(engine)
+    refresh_weights(engine, fragments)
     return state
 
 

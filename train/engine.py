@@ -49,6 +49,7 @@ class Engine:
             # DeepSpeed clips without telling the norm here; the gradients are already averaged when the hook runs.
             self.optimizer.register_step_pre_hook(self._clip)
         settings = deepspeed_config(config, ranks.world_size, micro_batch_size)
+        _check_nvme(settings)
         try:
             self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -144,6 +145,21 @@ def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> 
         "zero_force_ds_cpu_optimizer": False,
     }
     return _merged(ours, config.zero.deepspeed)
+
+
+def _check_nvme(settings: dict[str, Any]) -> None:
+    offload = settings["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") != "nvme":
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "zero.deepspeed.zero_optimization.offload_optimizer.device=nvme: DeepSpeed builds an operator for it, which"
+            " needs a C++ compiler, ninja and libaio with its headers (Debian: g++, libaio-dev); install them, or use cpu"
+        )
+    # A weight, its moments, its average and its gradient are in memory at once.
+    offload.setdefault("buffer_count", 5)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

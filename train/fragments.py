@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,10 @@ class Fragment:
 
 
 def held_fragments(engine: Engine) -> list[Fragment]:
-    """Everything that this rank holds: weights (fp32 masters, frozen ones too), moments, averages, buffers."""
+    """Everything that this rank holds: weights (fp32 masters, frozen ones too), moments, averages, buffers.
+
+    Of what lies on NVMe they are copies, which `refresh_weights` puts back.
+    """
     family = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_flat_parameters}[engine.stage]
     return [*family(engine), *_buffers(engine.model)]
 
@@ -66,15 +69,19 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
             yield fragment
 
 
-def refresh_weights(engine: Engine) -> None:
-    """Make the weights of the forward pass those of the masters, after these were written. All ranks call it."""
+def refresh_weights(engine: Engine, written: Iterable[Fragment]) -> None:
+    """Make the weights of the forward pass those of the masters, after held fragments were written. All ranks call it."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
     elif engine.stage == 3:
         optimizer._partition_all_parameters()
+        changed = {(part.kind, part.name): part.tensor for part in written}
         for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            with _in_memory(optimizer, group, changed=True) as swapped:
+                for part in _of_sub_group(engine, group) if swapped else ():
+                    part.tensor.copy_(changed[part.kind, part.name])
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if small := optimizer.persistent_parameters:
             small[0].partition(small)
             small[0].all_gather(small)
@@ -91,11 +98,12 @@ def averaged_weights(engine: Engine) -> Iterator[None]:
     if not is_followed(engine.optimizer):
         yield
         return
-    held = {(part.kind, part.name, part.start): part.tensor for part in held_fragments(engine)}
+    fragments = held_fragments(engine)
+    held = {(part.kind, part.name, part.start): part.tensor for part in fragments}
     pairs = [(held[WEIGHT, name, start], held[kind, name, start]) for kind, name, start in held if kind == AVERAGE]
     together = True
     _exchange(pairs)
-    refresh_weights(engine)
+    refresh_weights(engine, fragments)
     try:
         yield
     except BaseException as error:
@@ -104,7 +112,7 @@ def averaged_weights(engine: Engine) -> Iterator[None]:
     finally:
         _exchange(pairs)
         if together:
-            refresh_weights(engine)
+            refresh_weights(engine, fragments)
 
 
 @contextmanager
@@ -176,21 +184,57 @@ def _of_flat_groups(engine: Engine) -> Iterator[Fragment]:
 
 
 def _of_flat_parameters(engine: Engine) -> Iterator[Fragment]:
-    zero, rank = engine.deepspeed.optimizer, engine.ranks.rank
+    zero = engine.deepspeed.optimizer
+    for group in range(len(zero.fp32_partitioned_groups_flat)):
+        with _in_memory(zero, group) as swapped:
+            parts = _of_sub_group(engine, group)
+            if swapped:
+                parts = [replace(part, tensor=part.tensor.clone()) for part in parts]
+        yield from parts
     parameter: Any  # With what DeepSpeed hangs on it.
     for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            yield from _of_partition(engine, name, parameter, [(WEIGHT, parameter.ds_tensor.data)])
+
+
+def _of_sub_group(engine: Engine, group: int) -> list[Fragment]:
+    """What stage 3 updates at once, which is in memory."""
+    zero = engine.deepspeed.optimizer
+    flat = zero.fp32_partitioned_groups_flat[group]
+    state = [(WEIGHT, flat.data), *_moments(zero.optimizer, flat)]
+    found: list[Fragment] = []
+    for name, parameter in engine.model.named_parameters():
         if parameter.requires_grad:
-            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-            flat = zero.fp32_partitioned_groups_flat[group]
-            parts = [(WEIGHT, flat.data), *_moments(zero.optimizer, flat)]
-        else:
-            offset, size = 0, parameter.ds_tensor.numel()
-            parts = [(WEIGHT, parameter.ds_tensor.data)]
-        start = rank * size
-        length = min(size, parameter.ds_numel - start)  # The last part is padded.
+            place, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            if place == group:
+                parts = [(kind, part[offset : offset + size]) for kind, part in state]
+                found += _of_partition(engine, name, parameter, parts)
+    return found
+
+
+def _of_partition(
+    engine: Engine, name: str, parameter: Any, parts: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[Fragment]:
+    """This rank's equal part of a parameter, and of its moments; the last part is padded."""
+    for kind, part in parts:
+        start = engine.ranks.rank * len(part)
+        length = min(len(part), parameter.ds_numel - start)
         if length > 0:
-            for kind, part in parts:
-                yield Fragment(kind, name, start, part[offset : offset + length])
+            yield Fragment(kind, name, start, part[:length])
+
+
+@contextmanager
+def _in_memory(zero: Any, group: int, *, changed: bool = False) -> Iterator[bool]:
+    """Inside, what stage 3 updates at once is in memory; yields whether it lies on NVMe otherwise, where it is written
+    again if it was `changed`."""
+    swapped = zero._swappable_optimizer_subgroup(group)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(group)
+    yield swapped
+    if swapped and changed:
+        zero._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
+    elif swapped:
+        zero._release_swap_buffers(group)
 
 
 def _buffers(model: nn.Module) -> Iterator[Fragment]:
