@@ -34,11 +34,6 @@ def check_owned(block: Mapping[str, Any]) -> None:
     for name, instead in OWNED.items():
         if _holds(block, name):
             raise UserError(f"zero.deepspeed.{name}: crossguard sets it; use {instead}")
-    if _at(block, "zero_optimization.offload_param.device") == "nvme":
-        raise UserError(
-            "zero.deepspeed.zero_optimization.offload_param.device=nvme: checkpoints cannot see weights on NVMe; use cpu,"
-            " and nvme for offload_optimizer, which holds three times as much"
-        )
     # With these DeepSpeed steps a part of the weights with an optimizer of its own.
     for name, only in (("ratio", 1), ("super_offload", False)):
         if _at(block, f"zero_optimization.offload_optimizer.{name}") not in (None, only):
@@ -46,6 +41,26 @@ def check_owned(block: Mapping[str, Any]) -> None:
                 f"zero.deepspeed.zero_optimization.offload_optimizer.{name}: checkpoints cannot see the state of a"
                 f" second optimizer; leave it at {str(only).lower()}"
             )
+
+
+def check_nvme(block: Mapping[str, Any], stage: int) -> None:
+    """Refuse what cannot lie on NVMe under `zero.deepspeed`, or nowhere there.
+
+    Raises:
+        UserError: names the key and what to say instead.
+    """
+    if _at(block, "zero_optimization.offload_param.device") == "nvme":
+        raise UserError(
+            "zero.deepspeed.zero_optimization.offload_param.device=nvme: checkpoints cannot see weights on NVMe; use"
+            " cpu, and nvme for offload_optimizer, which holds three times as much"
+        )
+    where = "zero_optimization.offload_optimizer"
+    if _at(block, f"{where}.device") != "nvme":
+        return
+    if stage < 3:
+        raise UserError(f"zero.deepspeed.{where}.device=nvme: only ZeRO-3 does that; say zero=3, or use cpu")
+    if not _at(block, f"{where}.nvme_path"):
+        raise UserError(f"zero.deepspeed.{where}.nvme_path: missing; say which folder is on NVMe")
 
 
 def _holds(block: Mapping[str, Any], path: str) -> bool:

@@ -33,19 +33,12 @@ def examine(directory: Path) -> None:
     Raises:
         JobError: something is missing that a job cannot do without.
     """
-    checks: dict[str, Callable[[], Finding]] = {
-        "python": _python,
-        "versions": _versions,
-        "compiler": _compiler,
-        "accelerator": _accelerator,
-        "communication": _communication,
-        "shared memory": _shared_memory,
-        "disk": lambda: _disk(directory),
-        "tracking": _tracking,
-    }
     fatal = []
-    for name, check in checks.items():
-        finding = check()
+    for name, check in CHECKS.items():
+        try:
+            finding = check(directory)
+        except ImportError as error:
+            finding = Finding(str(error), "run `make setup`", fatal=True)
         mark = "ok  " if not finding.remedy else ("FAIL" if finding.fatal else "note")
         print(f"{mark}  {name:<14} {finding.found}{f'; {finding.remedy}' if finding.remedy else ''}", flush=True)
         if finding.fatal:
@@ -54,12 +47,12 @@ def examine(directory: Path) -> None:
         raise JobError(f"doctor: mend first: {', '.join(fatal)}")
 
 
-def _python() -> Finding:
+def _python(_: Path) -> Finding:
     found = sys.version.split()[0]
     return Finding(found) if sys.version_info >= (3, 11) else Finding(found, "install Python 3.11 or newer", fatal=True)
 
 
-def _versions() -> Finding:
+def _versions(_: Path) -> Finding:
     """Installed versions against the ranges that the package declares."""
     wrong = []
     for text in metadata.requires("crossguard") or []:
@@ -73,18 +66,19 @@ def _versions() -> Finding:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
-    named = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    return Finding("; ".join(wrong), "run `make setup`", fatal=True) if wrong else Finding(named)
+    if wrong:
+        return Finding("; ".join(wrong), "run `make setup`", fatal=True)
+    return Finding(", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers")))
 
 
-def _compiler() -> Finding:
+def _compiler(_: Path) -> Finding:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        return Finding("no C++ compiler", "train.compile and DeepSpeed's own operators need one: install g++")
+        return Finding("no C++ compiler", "train.compile and optimizer states on NVMe need one: install g++")
     return Finding(compiler) if shutil.which("ninja") else Finding(compiler, "no ninja: pip install ninja")
 
 
-def _accelerator() -> Finding:
+def _accelerator(_: Path) -> Finding:
     import torch
 
     if not torch.cuda.is_available():
@@ -93,7 +87,7 @@ def _accelerator() -> Finding:
     return Finding(", ".join(names))
 
 
-def _communication() -> Finding:
+def _communication(_: Path) -> Finding:
     """A process group of one rank, as training makes it."""
     import tempfile
 
@@ -112,7 +106,7 @@ def _communication() -> Finding:
     return Finding(backend)
 
 
-def _shared_memory() -> Finding:
+def _shared_memory(_: Path) -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding("no /dev/shm", "loading processes hand over batches through it; set train.num_workers=0")
@@ -129,8 +123,20 @@ def _disk(directory: Path) -> Finding:
     return Finding(f"{free / GIB:.0f} GiB free here", remedy)
 
 
-def _tracking() -> Finding:
+def _tracking(_: Path) -> Finding:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "api.wandb.ai" in netrc.read_text()):
         return Finding("W&B: an API key is set")
     return Finding("W&B: no API key, runs are kept offline in run_dir/wandb (`wandb sync` sends them)")
+
+
+CHECKS: dict[str, Callable[[Path], Finding]] = {
+    "python": _python,
+    "versions": _versions,
+    "compiler": _compiler,
+    "accelerator": _accelerator,
+    "communication": _communication,
+    "shared memory": _shared_memory,
+    "disk": _disk,
+    "tracking": _tracking,
+}

@@ -12,7 +12,8 @@ from rank_models import TinyModel, alone, run_ranks, tiny_config
 from crossguard.configs.deepspeed_owned import check_owned
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import TrainConfig
-from crossguard.train.engine import Engine, deepspeed_config
+from crossguard.train.deepspeed_settings import deepspeed_config
+from crossguard.train.engine import Engine
 from crossguard.train.optimizer import build_optimizer, freeze, layer_factors, learning_rate
 
 HERE = Path(__file__).parent

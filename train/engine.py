@@ -6,7 +6,6 @@ differs from another in who holds what, never in what is computed.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import deepspeed
@@ -15,11 +14,12 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import nn
 
-from crossguard.configs.deepspeed_owned import check_owned
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
 from crossguard.train import phases
+from crossguard.train.deepspeed_settings import deepspeed_config, join_deepspeed
 from crossguard.train.gradient_norm import talk_once
+from crossguard.train.nvme import remove_swap_files
 from crossguard.train.optimizer import build_optimizer, freeze
 from crossguard.train.ranks import Ranks
 
@@ -49,7 +49,7 @@ class Engine:
             # DeepSpeed clips without telling the norm here; the gradients are already averaged when the hook runs.
             self.optimizer.register_step_pre_hook(self._clip)
         settings = deepspeed_config(config, ranks.world_size, micro_batch_size)
-        _check_nvme(settings)
+        join_deepspeed()
         try:
             self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -98,7 +98,8 @@ class Engine:
         self.deepspeed.train(mode)
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks and buffers."""
+        """Remove DeepSpeed's hooks and buffers, and what it has on NVMe."""
+        remove_swap_files(self.deepspeed.optimizer)
         self.deepspeed.destroy()
 
     def _talk(self, squares: torch.Tensor) -> torch.Tensor:
@@ -122,50 +123,3 @@ class Engine:
         of an overflow."""
         # Made on the CPU: the optimizer copies it to where weights and moments are, which may be the CPU (offload).
         self.optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
-
-
-def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> dict[str, Any]:
-    """What DeepSpeed is told: the keys that crossguard owns, with `zero.deepspeed` on top.
-
-    DeepSpeed's own accumulation loses gradients in stages 1 and 2 when `backward` is called twice before `step`
-    (0.19.8); the unmanaged one adds them up in every stage.
-    """
-    check_owned(config.zero.deepspeed)
-    # Joining the ranks on CPU would first compile, for a minute, an operator of tensor-parallel inference.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "train_batch_size": micro_batch_size * world_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.train.grad_clip if config.zero.stage else 0.0,
-        "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
-        # The other one stays in torch for good, also for models of other stages.
-        "zero_optimization": {"stage": config.zero.stage, "memory_efficient_linear": False},
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    return _merged(ours, config.zero.deepspeed)
-
-
-def _check_nvme(settings: dict[str, Any]) -> None:
-    offload = settings["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device") != "nvme":
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            "zero.deepspeed.zero_optimization.offload_optimizer.device=nvme: DeepSpeed builds an operator for it, which"
-            " needs a C++ compiler, ninja and libaio with its headers (Debian: g++, libaio-dev); install them, or use cpu"
-        )
-    # A weight, its moments, its average and its gradient are in memory at once.
-    offload.setdefault("buffer_count", 5)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` wins, block by block."""
-    merged = copy.deepcopy(below)
-    for name, value in above.items():
-        both_blocks = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both_blocks else copy.deepcopy(value)
-    return merged

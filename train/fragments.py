@@ -19,6 +19,7 @@ from torch import nn
 
 from crossguard.configs.errors import Preempted
 from crossguard.train.ema import AVERAGE, is_followed, updated_state
+from crossguard.train.nvme import in_memory
 
 if TYPE_CHECKING:  # Reading a checkpoint must not cost the import of DeepSpeed.
     from crossguard.train.engine import Engine
@@ -70,7 +71,7 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def refresh_weights(engine: Engine, written: Iterable[Fragment]) -> None:
-    """Make the weights of the forward pass those of the masters, after held fragments were written. All ranks call it."""
+    """Make the weights of the forward pass those of the masters, after held fragments were written. All call it."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
@@ -78,7 +79,7 @@ def refresh_weights(engine: Engine, written: Iterable[Fragment]) -> None:
         optimizer._partition_all_parameters()
         changed = {(part.kind, part.name): part.tensor for part in written}
         for group in range(len(optimizer.fp16_groups)):
-            with _in_memory(optimizer, group, changed=True) as swapped:
+            with in_memory(optimizer, group, changed=True) as swapped:
                 for part in _of_sub_group(engine, group) if swapped else ():
                     part.tensor.copy_(changed[part.kind, part.name])
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -186,7 +187,7 @@ def _of_flat_groups(engine: Engine) -> Iterator[Fragment]:
 def _of_flat_parameters(engine: Engine) -> Iterator[Fragment]:
     zero = engine.deepspeed.optimizer
     for group in range(len(zero.fp32_partitioned_groups_flat)):
-        with _in_memory(zero, group) as swapped:
+        with in_memory(zero, group) as swapped:
             parts = _of_sub_group(engine, group)
             if swapped:
                 parts = [replace(part, tensor=part.tensor.clone()) for part in parts]
@@ -221,20 +222,6 @@ def _of_partition(
         length = min(len(part), parameter.ds_numel - start)
         if length > 0:
             yield Fragment(kind, name, start, part[:length])
-
-
-@contextmanager
-def _in_memory(zero: Any, group: int, *, changed: bool = False) -> Iterator[bool]:
-    """Inside, what stage 3 updates at once is in memory; yields whether it lies on NVMe otherwise, where it is written
-    again if it was `changed`."""
-    swapped = zero._swappable_optimizer_subgroup(group)
-    if swapped:
-        zero._optimizer_states_and_gradient_swap_in(group)
-    yield swapped
-    if swapped and changed:
-        zero._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
-    elif swapped:
-        zero._release_swap_buffers(group)
 
 
 def _buffers(model: nn.Module) -> Iterator[Fragment]:

@@ -6,8 +6,8 @@ import functools
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import Config
+from crossguard.train.deepspeed_settings import deepspeed_config
 from crossguard.train.encode import PostEncoder
-from crossguard.train.engine import deepspeed_config
 from crossguard.train.models import Classifier, build_model
 from crossguard.train.models.activations import checkpoint_activations
 from crossguard.train.models.hugging_face import partitioned

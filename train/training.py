@@ -107,6 +107,7 @@ def _train(
     compute = None if cache is not None else find_compute(config, ranks)
     saver = _open_saver(config, engine)
     with (
+        contextlib.closing(engine),
         preemption.holding(),
         profiling(run_dir, ranks) if config.train.profile else contextlib.nullcontext(),
         StepLog(run_dir, config.train, ranks, tracker, compute) as log,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crossguard.configs.deepspeed_keys import check_names
-from crossguard.configs.deepspeed_owned import check_owned
+from crossguard.configs.deepspeed_owned import check_nvme, check_owned
 from crossguard.configs.schema.checks import within
 
 
@@ -23,3 +23,4 @@ class ZeroConfig:
         within("zero.stage", self.stage, 0, 3)
         check_names(self.deepspeed)
         check_owned(self.deepspeed)
+        check_nvme(self.deepspeed, self.stage)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from crossguard.configs.schema import Config
 from crossguard.data.loading.collate import Batch
 from crossguard.train import phases, training
-from crossguard.train.engine import deepspeed_config
+from crossguard.train.deepspeed_settings import deepspeed_config
 from crossguard.train.optimizer import build_optimizer
 from crossguard.train.ranks import Ranks, end_process, init_ranks
 

@@ -85,10 +85,11 @@ def _partitioning() -> Iterator[None]:
     if settings is None:
         yield
         return
-    import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    deepspeed.init_distributed(verbose=False)
+    from crossguard.train.deepspeed_settings import join_deepspeed
+
+    join_deepspeed()
     kept = HfDeepSpeedConfig(settings)  # transformers holds it weakly.
     try:
         yield
