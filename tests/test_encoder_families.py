@@ -121,6 +121,22 @@ def test_a_checkpoint_of_every_family_is_read_whole(role: str, kind: str, tmp_pa
         assert torch.equal(again(batch_of(*POSTS)), together)
 
 
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_middle_layer_says_what_it_says_below_the_others(kind: str, tmp_path: Path) -> None:
+    """Whatever an encoder does after its last layer, it does not do after one in the middle."""
+    whole = save(kind, TEXTS[kind][0], tmp_path)
+    if whole.config.is_encoder_decoder:
+        whole = whole.get_encoder()
+    source = getattr(whole, "text_model", whole)
+    config = described("text", tmp_path)
+    tower = build(replace(config, text=replace(config.text, layers=[1], fill=True))).text
+    batch = batch_of(*POSTS)
+    mask = batch.text_mask | ~batch.has_text[:, None]
+    with torch.no_grad():
+        every = source(input_ids=batch.input_ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        assert (tower(batch.input_ids, mask) - every[1])[mask].abs().max() <= 1e-5
+
+
 def test_a_dual_encoder_s_summaries_are_its_own(tmp_path: Path) -> None:
     """CLIP: the last token and the first; SigLIP: texts filled up, their last token, and the head over the patches."""
     poolings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

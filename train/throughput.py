@@ -44,7 +44,7 @@ class Work:
         read = [batch for batch in batches if not batch.embeddings]
         return cls(
             posts=sum(len(batch) for batch in batches),
-            tokens=sum(int(batch.text_mask.sum()) for batch in read),
+            tokens=sum(int(batch.text_mask.count_nonzero()) for batch in read),
             places=sum(batch.text_mask.numel() for batch in read),
             kiloflops=0 if compute is None else sum(round(compute.flops.of(batch) / 1e3) for batch in batches),
         )

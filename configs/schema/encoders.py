@@ -96,8 +96,8 @@ class TextEncoderConfig(EncoderConfig):
     # Put in front of every text, for encoders that were trained with one (e5: "query: ").
     prefix: str = ""
     # Layers of the encoder whose outputs, side by side, are what it says of a token (1 is the lowest, arXiv
-    # 1802.05365); by default the top one alone. Of a frozen encoder, middle layers carry over better between languages;
-    # what lies above them is not even loaded.
+    # 1802.05365), before the norm that some encoders have after the last; by default the top one alone, with that norm.
+    # Of a frozen encoder, middle layers carry over better between languages; what lies above them is not even loaded.
     layers: list[int] = field(default_factory=list)
     # Version of the normaliser that undoes disguises in texts (look-alike letters, invisible characters, h.a.t.e);
     # 0 reads texts as they are.

@@ -24,19 +24,31 @@ class TextTower(Tower):
     """Tokens in, one vector a token out, of an encoder of `transformers`: of its top layer, or of several."""
 
     def __init__(self, encoder: PreTrainedModel, layers: Sequence[int] = ()):
+        """Raises:
+        UserError: the encoder has not as many layers, or none that can be told apart.
+        """
         super().__init__()
         self.encoder, self.layers = encoder, tuple(layers)
         self.width = int(encoder.config.hidden_size) * max(1, len(self.layers))
+        self._top: Tensor | None = None
+        if self.layers:
+            _blocks(encoder, max(self.layers))[-1].register_forward_hook(self._keep)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """int64[B, L] and bool[B, L] → float[B, L, width]; rows of `mask` hold at least one True."""
         found = self.encoder(
             input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=bool(self.layers) or None
         )
-        if self.layers:  # The embeddings come first.
-            return torch.cat([found.hidden_states[layer] for layer in self.layers], dim=-1)
+        if self.layers:
+            top, self._top = self._top, None
+            says = [*found.hidden_states[:-1], top]  # The embeddings come first.
+            return torch.cat([says[layer] for layer in self.layers], dim=-1)
         hidden: Tensor = found.last_hidden_state
         return hidden
+
+    def _keep(self, _block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        """What the last layer says itself: many encoders have a norm after whichever layer is their last."""
+        self._top = output if isinstance(output, Tensor) else output[0]
 
 
 def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) -> Tower:
@@ -57,9 +69,20 @@ def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) ->
         ids = {"vocab_size": vocab_size, "pad_token_id": pad_id, "bos_token_id": None, "eos_token_id": None}
         encoder = new_encoder(config.config, ids, "text")
     _check_fits(encoder, config, vocab_size, pad_id)
-    if config.layers and max(config.layers) > (depth := int(encoder.config.num_hidden_layers)):
-        raise UserError(f"model.text.layers={list(config.layers)}: the encoder has {depth} layers")
     return TextTower(encoder, config.layers)
+
+
+def _blocks(encoder: PreTrainedModel, highest: int) -> nn.ModuleList:
+    """The layers of an encoder, of which there must be as many."""
+    depth = int(encoder.config.num_hidden_layers)
+    if highest > depth:
+        raise UserError(f"model.text.layers: {highest} is asked for, and the encoder has {depth} layers")
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise UserError(
+        f"model.text.layers: {encoder.config.model_type} has no layers that can be told apart; leave it out"
+    )
 
 
 def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size: int, pad_id: int) -> None:

@@ -47,9 +47,10 @@ class LabelLoss(Term):
 
     def counts(self, batch: Batch) -> Sequence[int]:
         """Known labels, of each language where the loss is by language."""
-        known = (~torch.isnan(self._labels(batch))).sum(1)
+        unknown = torch.isnan(self._labels(batch))
         if self._dro is None:
-            return [int(known.sum())]
+            return [unknown.numel() - int(unknown.count_nonzero())]
+        known = (~unknown).sum(1)
         return torch.bincount(self._rows(batch), weights=known, minlength=self.width).int().tolist()
 
     def elements(self, logits: Tensor, batch: Batch) -> Tensor:
