@@ -54,7 +54,8 @@ def test_a_cascade_ranks_what_it_never_sees_last() -> None:
     draw = np.random.default_rng(2)
     labels = (draw.random(500) < 0.2).astype(int)
     cheap, costly = draw.normal(size=500) + labels, draw.normal(size=500) + 3 * labels
-    found = cascade_curve(labels, cheap, costly)
+    found = cascade_curve(labels, cheap, costly, 0.25)
+    assert found["cost"] == [0.25 + share for share in found["shares"]]
     assert found["average_precision"][-1] == pytest.approx(average_precision_score(labels, costly))
     place = found["shares"].index(0.2)
     seen = np.argsort(-cheap, kind="stable")[:100]
@@ -67,10 +68,13 @@ def test_few_labels_and_other_posts_are_left_out() -> None:
     posts = make_predictions(300)
     posts.labels[:, 1] = np.where(np.arange(300) < 3, 1, 0)
     others = {"same": posts, "other": posts.take(np.arange(299))}
-    found = measure_routing(posts, posts.scores, others, EvaluationConfig())
+    found = measure_routing(posts, posts.scores, others, {"same": 0.5}, EvaluationConfig())
     assert set(found) == {"hate"}
     assert set(found["hate"]["cascade"]) == {"same"}
-    assert measure_routing(posts.take([]), posts.scores[:0], {}, EvaluationConfig()) == {}
+    assert found["hate"]["cascade"]["same"]["cost"][-1] == 1.5
+    found = measure_routing(posts, posts.scores, others, {}, EvaluationConfig())
+    assert found["hate"]["cascade"]["same"]["cost"][-1] == 1.0
+    assert measure_routing(posts.take([]), posts.scores[:0], {}, {}, EvaluationConfig()) == {}
 
 
 def test_a_suite_is_decided_where_validation_has_its_best_f1() -> None:

@@ -159,6 +159,9 @@ def test_the_stage_writes_what_the_contract_says(evaluated: Config) -> None:
     assert {"average_precision", "auroc"} <= set(metrics["ablations"]["text_only"]["macro"])
     assert {"average_precision", "auroc"} <= set(metrics["references"]["tfidf_logistic_regression"]["macro"])
     assert metrics["checkpoint"] == {"step": 3}
+    costs = {name: one["cost"][-1] for name, one in test["routing"]["spam"]["cascade"].items()}
+    assert costs["tfidf_logistic_regression"] == 1.0
+    assert 1.05 < costs["text_only"] < 1.95
     for evasion in (metrics["evasion"], metrics["ablations"]["text_only"]["evasion"]):
         assert (evasion["split"], set(evasion["families"])) == ("test", {"swaps", "homoglyphs"})
         attacked = evasion["families"]["swaps"][POINT]["policies"]["spam"]["all"]["n"]

@@ -63,6 +63,8 @@ class Scores:
     suite: list[Predictions]
     # Modalities -> its predictions from them alone, on the split that is shown first, if they were asked for.
     subsets: dict[tuple[str, ...], Predictions]
+    # Name -> multiplications and additions for a post, where there are ablations.
+    operations: dict[str, float]
 
 
 def measure(
@@ -112,7 +114,7 @@ def _figures(
     if decisions is not None:
         metrics["decisions"] = {"fitted_on": VALIDATION, **decisions.to_json()}
         _measure_decisions(metrics["splits"], scored[MODEL], decisions, config)
-    _measure_routing(metrics["splits"], scored | references, decisions, config)
+    _measure_routing(metrics["splits"], scored | references, scores.operations, decisions, config)
     if config.evaluation.against is not None:
         earlier = Path(config.evaluation.against)
         found = compare(scored[MODEL], read_run(earlier), config.evaluation)
@@ -159,12 +161,17 @@ def _measure_decisions(splits: dict[str, dict[str, Any]], scored: Scored, decisi
 
 
 def _measure_routing(
-    splits: dict[str, dict[str, Any]], scored: dict[str, Scored], decisions: Decisions | None, config: Config
+    splits: dict[str, dict[str, Any]],
+    scored: dict[str, Scored],
+    operations: dict[str, float],
+    decisions: Decisions | None,
+    config: Config,
 ) -> None:
+    costs = {name: count / max(operations[MODEL], 1.0) for name, count in operations.items()}
     for split, predictions in scored[MODEL].items():
         probabilities = predictions.scores if decisions is None else decisions.calibrated(predictions)
         cheaper = {name: others[split] for name, others in scored.items() if name != MODEL}
-        splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, config.evaluation)
+        splits[split]["routing"] = measure_routing(predictions, probabilities, cheaper, costs, config.evaluation)
 
 
 def _evasion(scored: Scored, disguised: Scored, decisions: Decisions | None, config: Config) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def history_panel(title: str, lines: Mapping[str, Line], *, smooth: bool = False
 
 
 def share_panel(title: str, lines: Mapping[str, Line], x: str, y: str, start: float | None = None) -> Panel:
-    """Values over a share; the first line in colour. From `start` a thin line leads to 1: chance."""
+    """Values over a share, or over something else of which 1 is a whole; the first line in colour. From `start` a thin
+    line leads to 1: chance."""
     chance: Line = ([0, 1], [start, 1]) if start is not None else ([], [])
     return _curves(title, lines, (x, y), chance)
 
@@ -170,12 +171,15 @@ def reliability_panel(policy: str, points: Mapping[str, Sequence[Mapping[str, An
 
 def _curves(title: str, lines: Mapping[str, Line], names: tuple[str, str], chance: Line) -> Panel:
     def draw(axes: Axes, colours: Colours) -> None:
+        right = max([1.0, *(max(x, default=1.0) for x, _ in lines.values())])
         axes.plot(*chance, color=colours.rule, linewidth=1)
         for order, (name, (x, y)) in reversed(list(enumerate(lines.items()))):
             style = "-" if order == 0 else OTHER_STYLES[(order - 1) % len(OTHER_STYLES)]
             color, width = (colours.accent, 1.8) if order == 0 else (colours.muted, 1.0)
             axes.plot(*_thin(np.asarray(x), np.asarray(y)), style, color=color, linewidth=width, label=name)
-        axes.set(xlabel=names[0], ylabel=names[1], xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.set(
+            xlabel=names[0], ylabel=names[1], xlim=(0, right), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
+        )
         if len(lines) > 1:
             _legend(axes, colours)
 

@@ -67,12 +67,12 @@ def review_panels(measured: Mapping[str, Any]) -> list[Panel]:
 
 
 def cascade_panels(measured: Mapping[str, Any]) -> list[Panel]:
-    """Average precision of a cascade over the share that the costly model sees."""
+    """Average precision of a cascade over what a post costs."""
     return [
         share_panel(
             f"{policy}: cascade",
-            {name.replace("_", " "): (one["shares"], one["average_precision"]) for name, one in cascades.items()},
-            "seen by this model",
+            {name.replace("_", " "): (one["cost"], one["average_precision"]) for name, one in cascades.items()},
+            "cost of a post",
             "average precision",
         )
         for policy, routing in measured.get("routing", {}).items()

@@ -54,16 +54,18 @@ def review_curves(
     return {"budgets": list(BUDGETS), "orders": orders, "best": best}
 
 
-def cascade_curve(labels: np.ndarray, cheap: np.ndarray, costly: np.ndarray) -> dict[str, Any]:
+def cascade_curve(labels: np.ndarray, cheap: np.ndarray, costly: np.ndarray, cheap_cost: float) -> dict[str, Any]:
     """Metrics of a costly model that sees only the posts that a cheap one ranks highest.
 
     Args:
         labels: int[n], 1 and 0, both there.
         cheap, costly: float[n], scores of both models.
+        cheap_cost: of the cheap model for a post, beside the costly one's 1.
 
     Returns:
-        {"shares": […], "recall": […], "average_precision": […]}: share of posts that the costly model sees; violations
-        that reach it; average precision with those that it never sees ranked last, in the order of the cheap one.
+        {"shares": […], "cost": […], "recall": […], "average_precision": […]}: share of posts that the costly model
+        sees; mean cost of a post; violations that reach the costly model; average precision with those that it never
+        sees ranked last, in the order of the cheap one.
     """
     from sklearn.metrics import average_precision_score
 
@@ -76,11 +78,16 @@ def cascade_curve(labels: np.ndarray, cheap: np.ndarray, costly: np.ndarray) -> 
         scores[seen] = costly[seen] - costly.min()
         recall.append(float(labels[seen].sum() / labels.sum()))
         precision.append(float(average_precision_score(labels, scores)))
-    return {"shares": shares, "recall": recall, "average_precision": precision}
+    costs = [cheap_cost + share for share in shares]
+    return {"shares": shares, "cost": costs, "recall": recall, "average_precision": precision}
 
 
 def measure_routing(
-    predictions: Predictions, calibrated: np.ndarray, cheaper: Mapping[str, Predictions], config: EvaluationConfig
+    predictions: Predictions,
+    calibrated: np.ndarray,
+    cheaper: Mapping[str, Predictions],
+    costs: Mapping[str, float],
+    config: EvaluationConfig,
 ) -> dict[str, Any]:
     """Review curves of each policy, and cascades with each cheaper model, over known labels.
 
@@ -88,6 +95,7 @@ def measure_routing(
         predictions: of the model.
         calibrated: float[posts, policies], its probabilities.
         cheaper: name -> predictions on the same posts; those without a post are left out.
+        costs: of the cheaper ones for a post, beside the model's 1; those that are not known do not count.
         config: costs of wrong decisions, and the least number of positives and negatives of a policy.
     """
     found: dict[str, Any] = {}
@@ -97,10 +105,10 @@ def measure_routing(
         if min(positives, len(known.labels) - positives) < config.min_positives:
             continue
         rows = ~np.isnan(predictions.labels[:, column])
-        costs = (config.false_positive_cost, config.false_negative_cost)
-        found[policy] = {"review": review_curves(known.labels, calibrated[rows, column], *costs)}
+        of_errors = (config.false_positive_cost, config.false_negative_cost)
+        found[policy] = {"review": review_curves(known.labels, calibrated[rows, column], *of_errors)}
         cascades = {
-            name: cascade_curve(known.labels, other.scores[rows, column], known.scores)
+            name: cascade_curve(known.labels, other.scores[rows, column], known.scores, costs.get(name, 0.0))
             for name, other in cheaper.items()
             if other.ids == predictions.ids
         }

@@ -26,6 +26,7 @@ from crossguard.train.encode import PostEncoder
 from crossguard.train.evaluation.disguise import Disguise
 from crossguard.train.evaluation.findings import in_words
 from crossguard.train.evaluation.measure import MODEL, Posts, Scored, Scores, measure
+from crossguard.train.evaluation.operations import operations
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.sampling_prior import Trained
 from crossguard.train.evaluation.scoring import score_split
@@ -72,13 +73,16 @@ def run_evaluation(config: Config, ranks: Ranks) -> None:
             scored = {MODEL: model.score(posts, fields)}
             subsets = model.score_subsets(posts) if config.evaluation.modality_subsets else {}
             disguised = {MODEL: model.score_disguised(posts)}
-        for folder in _trained_ablations(config, ranks):
+        ablations = _trained_ablations(config, ranks)
+        computed = {MODEL: model.operations(posts)} if ablations else {}
+        for folder in ablations:
             architecture = load_config(folder / "config.yaml").model
             ablated = Scorer.load(folder, best_valid(folder, ranks), architecture, config, posts, ranks)
             scored[folder.name] = ablated.score(posts, fields)
             disguised[folder.name] = ablated.score_disguised(posts)
+            computed[folder.name] = ablated.operations(posts)
         if ranks.is_first:
-            scores = Scores(scored, disguised, suite, subsets)
+            scores = Scores(scored, disguised, suite, subsets, computed)
             trained = Trained.of(state["config"], checkpoint, step_of(checkpoint))
             found = measure(run_dir, trained, config, posts, scores)
             tracker = open_tracker(config, state["tracker_run_id"], first=True)
@@ -177,6 +181,13 @@ class Scorer:
             encode, what = self.encode.under(Disguise(family, self.config.seed)), f"{split}, {in_words(family)}"
             scored[family] = self._score(posts.readers[split], rows, what, refused, encode=encode)
         return scored
+
+    def operations(self, posts: Posts) -> float:
+        """What a post of the test split (or the first) takes; 0 on ranks other than the first."""
+        if not self.ranks.is_first:
+            return 0.0
+        split = shown_split(posts.splits)
+        return operations(self.model, self.encode, posts.readers[split], posts.rows[split], self.ranks.device)
 
     def _score(
         self,
