@@ -86,7 +86,10 @@ def _accepted(argument: str) -> str:
     override = _parse(argument)
     if override is None or override.is_sweep_override():
         if not accepts_text(name):
-            raise UserError(f"{argument}: '{value}' is not a value (a list is written [a,b], a mapping {{a: 1}})")
+            raise UserError(
+                f"{argument}: '{value}' is not a value (a list is written [a,b], a mapping {{a: 1}}; text with signs in"
+                " it is quoted: ['a=1','b=2'])"
+            )
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         argument = f"{key}='{quoted}'"
     argument = argument.lstrip("+")

@@ -112,6 +112,7 @@ def test_a_mapping_of_described_values_takes_single_fields(recipe: str) -> None:
         (["train.lr=fast"], r"train.lr=fast: .*'fast'"),
         (["train.lr=-1"], r"train.lr=-1.*above 0"),
         (["train.lr=1,2"], r"train.lr=1,2: '1,2' is not a value"),
+        (["ablations.plain=[train.lr=1]"], r"is not a value .*quoted: \['a=1'"),
         (["train.precision=bf61"], r"train.precision=bf61: did you mean 'bf16'\? allowed: fp32, bf16"),
         (["train.loss.name=fokal"], r"train.loss.name=fokal: did you mean 'focal'\?"),
         (["tracker=wandbb"], r"tracker=wandbb: no such choice; did you mean 'wandb'\?"),

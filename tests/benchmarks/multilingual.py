@@ -36,7 +36,7 @@ HELD_OUT, HELD_OUT_POLICIES = ("ko", "vi", "pt"), ("hate", "offensive")
 # AUROC there: of logistic regression on the encoder's embeddings, and what is asked for.
 REFERENCE, LEAST = 0.59, 0.65
 RECALL_LOST, FALSE_POSITIVES = 0.05, 0.01
-UNDEFENDED = "[model.text.normaliser=0,train.attacks.probability=0]"
+UNDEFENDED = "['model.text.normaliser=0','train.attacks.probability=0']"
 # Test posts under each family of attacks.
 ATTACKED = 4000
 # n-grams inside of words, at most so many; inverse strengths of the regularisation; weights of the classes.
