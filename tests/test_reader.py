@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_what_expired_is_told_from_the_indexes(folder: ShardFolder, other: Shard
 def test_no_more_is_open_than_may_be(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_OPEN_SHARDS", 2)
     reader = ShardReader([folder], "train")
+    gc.collect()  # What earlier tests have left open.
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert len(set(ids(reader))) == 20

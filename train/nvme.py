@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from deepspeed.ops.op_builder import AsyncIOBuilder
-
 from crossguard.configs.errors import UserError
 
 
@@ -23,6 +21,8 @@ def nvme_settings(offload: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
     Raises:
         UserError: DeepSpeed cannot build its operator here.
     """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(
             "zero.deepspeed.zero_optimization.offload_optimizer.device=nvme: DeepSpeed builds an operator for it,"

@@ -79,7 +79,8 @@ def run_training(config: Config, ranks: Ranks) -> None:
         engine = _open_engine(config, ranks, inputs, checkpoint, micro_batch)
         ranks.on_first(lambda: _open_run_dir(run_dir, config, state))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
-        _train(config, engine, inputs, beside, state, last_step, tracker, micro_batch)
+        with contextlib.closing(engine):
+            _train(config, engine, inputs, beside, state, last_step, tracker, micro_batch)
 
 
 def _train(
@@ -107,7 +108,6 @@ def _train(
     compute = None if cache is not None else find_compute(config, ranks)
     saver = _open_saver(config, engine)
     with (
-        contextlib.closing(engine),
         preemption.holding(),
         profiling(run_dir, ranks) if config.train.profile else contextlib.nullcontext(),
         StepLog(run_dir, config.train, ranks, tracker, compute) as log,
