@@ -169,10 +169,11 @@ class Joint(Attending):
 
     def forward(self, modalities: dict[str, Tokens]) -> Tensor:
         summaries = self.summaries(modalities)
-        values, masks = self.sequences(modalities, summaries)
-        first = self.first.expand(len(summaries[0]), 1, -1)
-        joint = torch.cat([first, *values], dim=1)
-        mask = torch.cat([torch.ones_like(masks[0][:, :1]), *masks], dim=1)
+        joint = self.first.expand(len(summaries[0]), 1, -1)
+        if self.blocks:
+            values, masks = self.sequences(modalities, summaries)
+            joint = torch.cat([joint, *values], dim=1)
+            mask = torch.cat([torch.ones_like(masks[0][:, :1]), *masks], dim=1)
         for number, block in enumerate(self.blocks, 1):
             joint = block(joint, mask, 1 if number == len(self.blocks) else None)
         return self.with_product([joint[:, 0], *summaries], summaries)
