@@ -103,6 +103,22 @@ def test_all_but_late_fusion_learn_a_combination(kind: str) -> None:
     assert right < 0.65 if kind == "late" else right > 0.85
 
 
+@pytest.mark.parametrize(("kind", "heard"), [("cross", (0, 1)), ("joint", (0, 0)), ("bottleneck", (1, 2))])
+def test_attention_hears_of_the_tokens_of_the_other_modality(kind: str, heard: tuple[int, int]) -> None:
+    """What comes of it for text and for image (`heard`: their places in the output) changes with the other's tokens,
+    though the other's summary is what it was."""
+    torch.manual_seed(0)
+    fusion = build_fusion(FusionConfig(**{"width": 16, "heads": 2, **KINDS[kind]}), {"text": 8, "image": 8})
+    fusion.norm = torch.nn.Identity()  # It would spread every change.
+    given = {name: tokens(number, 5, 8, [True, True]) for number, name in enumerate(("text", "image"))}
+    with torch.no_grad():
+        before = fusion(given).unflatten(1, (-1, 16))
+        for place, other in zip(heard, ("image", "text"), strict=True):
+            changed = replace(given[other], values=given[other].values.flip(2))
+            after = fusion({**given, other: changed}).unflatten(1, (-1, 16))
+            assert (after - before)[:, place].abs().amax(1).min() > 1e-4, other
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_modalities(kind: str) -> None:
     """Each one counts where it is there, and not at all where it is not."""
