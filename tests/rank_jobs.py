@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -80,6 +81,9 @@ class RankJob:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._talk.shutdown(socket.SHUT_WR)
+        while self._talk.recv(1 << 16):  # Until the job has ended, and with it all of them.
+            pass
         self._talk.close()
 
     def over(self, seconds: float = 0.0) -> bool:
@@ -104,7 +108,8 @@ class RankJob:
     def signal(self, rank: int, sent: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to a rank that may have ended."""
         if rank not in self.statuses and not self.over() and rank not in self.statuses:
-            os.kill(self.pids[rank], sent)
+            with contextlib.suppress(ProcessLookupError):  # It ended just now.
+                os.kill(self.pids[rank], sent)
 
     @property
     def printed(self) -> str:

@@ -88,7 +88,7 @@ def test_nothing_outlives_what_started_it(module: Path) -> None:
         wait_until(lambda: not any(map(alive, job.pids)))
     with RankJob([str(module), "wait"], 2) as job:
         pids = job.pids
-    wait_until(lambda: not any(map(alive, pids)))
+    assert not any(map(alive, pids))
 
 
 def test_the_pool_ends_with_its_client(module: Path) -> None:
