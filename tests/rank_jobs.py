@@ -21,6 +21,9 @@ from types import TracebackType
 _LOCK = threading.Lock()
 # Names the descriptor of a pool that another process has started, in whose stead this one asks.
 POOL = "RANK_POOL"
+# Seconds that anything may take, on the slowest of machines; pytest's own limit comes later, and would not show what was
+# said.
+LONGEST = 560.0
 
 
 @cache
@@ -149,7 +152,7 @@ def _content(file: int) -> str:
 
 
 def run_crossguard(
-    arguments: Sequence[str], cwd: Path, *, status: int | None = 0, timeout: float = 280
+    arguments: Sequence[str], cwd: Path, *, status: int | None = 0, timeout: float = LONGEST
 ) -> subprocess.CompletedProcess[str]:
     """`crossguard ARGUMENTS` as a process of its own, forked, as are the ranks that it starts; by default it must succeed."""
     with RankJob(["-m", "crossguard.recipes.cli", *arguments], 0, cwd=cwd) as job:
