@@ -41,7 +41,10 @@ def be_told(sent: signal.Signals) -> None:
 
 def _die_with(pid: int) -> None:
     """Watch a process that is not the parent; a daemon thread sleeps in the kernel until it ends."""
-    watched = os.pidfd_open(pid)
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:  # It ended before it could be watched.
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def wait() -> None:
         select.select([watched], [], [])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from rank_jobs import POOL, pool
+from rank_jobs import LONGEST, POOL, pool
 from s3_server import moto, server  # noqa: F401
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ README = ROOT / "README.md"
 
 def run_command(line: list[str], cwd: Path, *, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run a command; by default it must succeed."""
-    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
     if status is not None:
         assert done.returncode == status, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done

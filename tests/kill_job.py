@@ -75,7 +75,7 @@ def survive(folder: Path, kills: int, appending: bool) -> None:
         run_dir, builds = folder / f"run-{builds}", builds + 1
         shards, old = run_dir / "shards", begin(run_dir)
         kept: dict[str, tuple[int, int]] = {}
-        while not build_and_kill(config, run_dir, draw.uniform(0, seconds)):
+        while not build_and_kill(config, run_dir, draw.uniform(0, seconds) if kills > 0 else FOREVER):
             kills -= 1
             found = files_of(shards) if shards.exists() else {}
             final = {path for path in found if not path.startswith(".build/")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -20,6 +21,9 @@ from types import TracebackType
 _LOCK = threading.Lock()
 # Names the descriptor of a pool that another process has started, in whose stead this one asks.
 POOL = "RANK_POOL"
+# Seconds that anything may take, on the slowest of machines; pytest's own limit comes later, and would not show what was
+# said.
+LONGEST = 560.0
 
 
 @cache
@@ -80,6 +84,9 @@ class RankJob:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._talk.shutdown(socket.SHUT_WR)
+        while self._talk.recv(1 << 16):  # Until the job has ended, and with it all of them.
+            pass
         self._talk.close()
 
     def over(self, seconds: float = 0.0) -> bool:
@@ -104,7 +111,8 @@ class RankJob:
     def signal(self, rank: int, sent: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to a rank that may have ended."""
         if rank not in self.statuses and not self.over() and rank not in self.statuses:
-            os.kill(self.pids[rank], sent)
+            with contextlib.suppress(ProcessLookupError):  # It ended just now.
+                os.kill(self.pids[rank], sent)
 
     @property
     def printed(self) -> str:
@@ -144,7 +152,7 @@ def _content(file: int) -> str:
 
 
 def run_crossguard(
-    arguments: Sequence[str], cwd: Path, *, status: int | None = 0, timeout: float = 280
+    arguments: Sequence[str], cwd: Path, *, status: int | None = 0, timeout: float = LONGEST
 ) -> subprocess.CompletedProcess[str]:
     """`crossguard ARGUMENTS` as a process of its own, forked, as are the ranks that it starts; by default it must succeed."""
     with RankJob(["-m", "crossguard.recipes.cli", *arguments], 0, cwd=cwd) as job:

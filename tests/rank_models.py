@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rank_jobs import RankJob
+from rank_jobs import LONGEST, RankJob
 from torch import nn
 
 from crossguard.configs.schema import Config, DataConfig, ModelConfig, TaxonomyConfig, TrainConfig, ZeroConfig
@@ -80,7 +80,7 @@ def torchrun(ranks: int, module: Path, *arguments: str) -> list[str]:
     ]
 
 
-def run_ranks(ranks: int, module: Path, *arguments: str, timeout: float = 240) -> str:
+def run_ranks(ranks: int, module: Path, *arguments: str, timeout: float = LONGEST) -> str:
     """Run `module` on a number of ranks, forked, and return what it printed; fails with its output when it fails."""
     with RankJob([str(module), *arguments], ranks) as job:
         assert job.wait(timeout) == [0] * ranks, job.said()

@@ -40,6 +40,7 @@ import transformers.models.vit.modeling_vit  # noqa: F401
 from torch.distributed import TCPStore
 
 from crossguard.configs.parent_death import die_with_parent
+from crossguard.configs.preemption import SIGNALS
 from crossguard.launchers import processes
 from crossguard.recipes import commands, stages  # noqa: F401
 from crossguard.train import training  # noqa: F401
@@ -82,6 +83,8 @@ def fork_python(
         os.environ.update(environment)
         asked = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[1:1] = [folder for folder in asked if folder and folder not in sys.path]
+        for sent in SIGNALS:  # A launcher's handlers are not its ranks'.
+            signal.signal(sent, signal.SIG_DFL)
         np.random.seed()  # Processes that are started apart do not draw alike; Python's own generator sees to itself.
         torch.seed()
         first()
@@ -224,7 +227,8 @@ def start_of(ranks: int) -> Callable[[], None]:
 
 
 def ends_of(pids: list[int], talk: socket.socket) -> Iterator[tuple[int, int]]:
-    """(rank, exit status) as they end. All are killed when the client goes, or some time after one has ended badly."""
+    """(rank, exit status) as they end. All are killed some time after one has ended badly, or when the client goes; then
+    this ends when they have."""
     left = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids)}
     deadline = float("inf")
     while left:
@@ -235,6 +239,8 @@ def ends_of(pids: list[int], talk: socket.socket) -> Iterator[tuple[int, int]]:
                 os.kill(pids[rank], signal.SIGKILL)
             deadline = float("inf")
             if talk in ready:
+                for rank in left.values():
+                    os.waitpid(pids[rank], 0)
                 return
         for ended in ready:
             rank = left.pop(ended)

@@ -27,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of two ranks in every stage, loaded and saved by one rank, and by two again; and what they found."""
     root = tmp_path_factory.mktemp("checkpoints")
     with ThreadPoolExecutor(1) as beside:
-        two_ranks = beside.submit(run_ranks, 2, HERE / "rank_checkpoint.py", str(root), timeout=150)
+        two_ranks = beside.submit(run_ranks, 2, HERE / "rank_checkpoint.py", str(root))
         while not (root / "saved").exists() and not two_ranks.done():
             time.sleep(0.1)
         if not two_ranks.done():

@@ -69,7 +69,7 @@ def test_disguises_are_undone(text: str) -> None:
     assert normalise(text) == DISGUISED[text]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(alphabet=st.characters(exclude_categories=["Cs"]))
     | st.text(alphabet="aAbеО0134@$.-_ \u0301\u0336\u200bsSiI!")

@@ -290,6 +290,8 @@ def records_of(file: Path) -> Iterator[Any]:
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
         length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        if at + 7 + length > len(content):  # It is being written.
+            return
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):

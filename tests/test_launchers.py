@@ -235,11 +235,13 @@ def test_deepspeed_starts_again_what_died_on_one_host(
     wait_for((folder / "died-waits" / "waiting-0").exists, text.read_text)
     there = subprocess.run(["ip", "netns", "pids", hosts[1].name], capture_output=True, text=True, check=True).stdout
     ranks = [
-        pid for pid in map(int, there.split()) if "-u -m crossguard.train" in " ".join(psutil.Process(pid).cmdline())
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(process.pid) in there.split() and "-u -m crossguard.train" in " ".join(process.info["cmdline"] or [])
     ]
     assert ranks
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.kill()
     assert ended(folder, "died", [process]) == [0], text.read_text()
     assert "crossguard: a rank was ended by SIGKILL (is memory short?); restart 1 of 1\n" in text.read_text()
     assert losses(folder, "died") == expected

@@ -77,7 +77,7 @@ def test_few_negatives_are_insufficient_too_and_a_mean_over_nothing_is_absent() 
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), count=st.integers(0, 80))
 def test_unknown_labels_change_nothing(seed: int, count: int) -> None:
     config = EvaluationConfig(min_positives=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from orders import mixed_config, skewed_layout
 
@@ -19,7 +19,6 @@ from crossguard.data.loading.windows import WindowedShuffle
 quotas = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any).map(np.array)
 
 
-@settings(deadline=None)
 @given(size=st.one_of(st.integers(1, 50), st.integers(SMALL - 2, SMALL + 500)), seed=st.integers(0, 2**63))
 def test_a_permutation_runs_backwards(size: int, seed: int) -> None:
     permutation = Permutation(size, derive_key("test", seed))
@@ -94,7 +93,6 @@ def test_draws_go_on_where_weights_change_and_run_backwards(
     assert np.array_equal(mixing.draws(start, 600)[1], draws[start:])
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 3000), block=st.integers(1, 60), epoch=st.integers(0, 10**6))
 def test_a_windowed_shuffle_reaches_every_row_once_and_runs_backwards(size: int, block: int, epoch: int) -> None:
     shuffle = WindowedShuffle(size, block, "test")
@@ -138,7 +136,6 @@ def test_weights_are_met_before_and_after_a_change() -> None:
         assert np.mean(datasets == 1) == pytest.approx(share, abs=0.001)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 1000), share=st.floats(0, 0.99))
 def test_redirects_run_backwards(seed: int, share: float) -> None:
     strata = skewed_layout(seed % 50).strata

@@ -117,10 +117,11 @@ def test_only_lost_ranks_are_started_again(monkeypatch: pytest.MonkeyPatch) -> N
 @contextmanager
 def endpoint() -> Iterator[LauncherConfig]:
     """Two nodes that meet on this machine; the second one is played by a thread."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = other.getsockname()[1]
-    yield LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint=f"127.0.0.1:{port}"))
+    with socket.socket() as kept:  # As long as it is bound the port is given to nobody else who asks for any.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{kept.getsockname()[1]}"
+        yield LauncherConfig(name="torchrun", nodes=2, torchrun=TorchrunConfig(endpoint=endpoint))
 
 
 @pytest.mark.parametrize("error", [None, UserError, Preempted, JobError, ZeroDivisionError])

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from orders import fresh, mixed_config, orders, plain_order, skewed_layout
 from resumed_order import Resumes
@@ -23,7 +23,6 @@ def skewed_lengths(samples: int) -> np.ndarray:
     return np.clip(np.exp(np.random.default_rng(0).normal(3.7, 0.8, samples)), 2, 512).astype(np.uint32)
 
 
-@settings(deadline=None)
 @given(size=st.one_of(st.integers(0, 50), st.integers(SMALL - 2, SMALL + 500)), seed=st.integers(0, 2**63))
 def test_a_permutation_reaches_every_index_once(size: int, seed: int) -> None:
     shuffled = Permutation(size, derive_key("test", seed))(np.arange(size))
@@ -45,7 +44,6 @@ def test_the_permutation_is_the_same_for_ever() -> None:
     assert Permutation(10**9, key)(np.arange(4)).tolist() == [606970188, 578546736, 741594531, 341246267]
 
 
-@settings(deadline=None)
 @given(samples=st.integers(1, 700), batch=st.integers(1, 40), seed=st.integers(0, 2**40), planned=st.booleans())
 def test_without_mixing_every_sample_comes_once_in_every_epoch(
     samples: int, batch: int, seed: int, planned: bool
@@ -58,7 +56,6 @@ def test_without_mixing_every_sample_comes_once_in_every_epoch(
         assert np.array_equal(np.sort(epoch), np.arange(samples))
 
 
-@settings(deadline=None)
 @given(order=orders(), steps=st.lists(st.integers(1, 10**9), min_size=1, max_size=5))
 def test_a_step_does_not_depend_on_the_steps_before(order: SampleOrder, steps: list[int]) -> None:
     for step in steps:
@@ -74,7 +71,6 @@ def test_resumes_go_on_with_the_uninterrupted_order() -> None:
             assert resumes.try_one(draw, workers) >= 10_000
 
 
-@settings(deadline=None)
 @given(order=orders())
 def test_running_backwards_finds_every_step_of_a_row(order: SampleOrder) -> None:
     steps = 3 * order.window_batches // 2
@@ -117,7 +113,6 @@ def test_little_padding_and_ranks_in_balance(batch_size: int, ranks: int, micro:
     assert by_rank.max(axis=1).sum() / by_rank.mean(axis=1).sum() < 1.12
 
 
-@settings(deadline=None)
 @given(order=orders(), data=st.data())
 def test_refused_rows_never_come_and_move_no_other_position(order: SampleOrder, data: st.DataObject) -> None:
     rows = st.integers(0, order.num_samples - 1)

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from rank_jobs import RankJob, alive, wait_until
+from rank_jobs import LONGEST, RankJob, alive, wait_until
 from rank_models import run_ranks
 
 HERE = Path(__file__).parent
@@ -88,7 +88,7 @@ def test_nothing_outlives_what_started_it(module: Path) -> None:
         wait_until(lambda: not any(map(alive, job.pids)))
     with RankJob([str(module), "wait"], 2) as job:
         pids = job.pids
-    wait_until(lambda: not any(map(alive, pids)))
+    assert not any(map(alive, pids))
 
 
 def test_the_pool_ends_with_its_client(module: Path) -> None:
@@ -103,8 +103,20 @@ def test_the_pool_ends_with_its_client(module: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, timeout=100, check=False
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, timeout=LONGEST, check=False
     )
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_watching_a_process_that_has_ended_ends_at_once() -> None:
+    code = """
+        import subprocess
+        from crossguard.configs.parent_death import _die_with
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        _die_with(ended.pid)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert done.returncode == -signal.SIGKILL

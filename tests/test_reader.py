@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from build_job import build, make_config, make_posts, write_lines
+from open_files import open_files
 
 from crossguard.configs.errors import JobError, UserError
 from crossguard.configs.schema.data import CacheConfig
@@ -98,13 +98,12 @@ def test_what_expired_is_told_from_the_indexes(folder: ShardFolder, other: Shard
 def test_no_more_is_open_than_may_be(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_OPEN_SHARDS", 2)
     reader = ShardReader([folder], "train")
-    gc.collect()  # What earlier tests have left open.
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(2):
         assert len(set(ids(reader))) == 20
-        assert len(os.listdir("/proc/self/fd")) == before + 4
+        assert (open_files() - before).total() == 4
     del reader
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_files() - before
 
 
 def lost_rows(reader: ShardReader) -> dict[int, str]:

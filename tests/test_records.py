@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crossguard.configs.errors import UserError
@@ -186,14 +186,12 @@ POSTS = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(POSTS)
 def test_a_post_survives_json(post: Post) -> None:
     record = json.loads(canonical_json(post.to_json()))
     assert parse_post({**record, "text": post.text}, TAXONOMY) == post
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(CONTRACT)) | TEXTS, JSON_VALUES))
 def test_any_json_object_is_a_post_or_a_record_error(raw: dict[str, Any]) -> None:
     with contextlib.suppress(RecordError):

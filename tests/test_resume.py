@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_jobs import RankJob, alive, wait_until
+from rank_jobs import LONGEST, RankJob, alive, wait_until
 from rank_models import alone, run_ranks, torchrun
 from rank_training import arguments, token_lengths, write_shards
 
@@ -72,7 +72,7 @@ def endless(folder: Path, stage: int) -> list[str]:
 def kill_midway(launcher: int, run_dir: Path) -> None:
     """SIGKILL what has started the ranks, and it alone, once the state after step 10 is there, and see its ranks gone."""
     try:
-        wait_until(lambda: latest_checkpoint(run_dir) is not None or not alive(launcher), 100, between=0.005)
+        wait_until(lambda: latest_checkpoint(run_dir) is not None or not alive(launcher), LONGEST, between=0.005)
         assert alive(launcher), [file.read_text()[-3000:] for file in run_dir.glob("logs/*")]
     finally:
         os.kill(launcher, signal.SIGKILL)

@@ -50,7 +50,7 @@ def test_bytes_give_back_every_script(text: str) -> None:
     assert text_of(ids) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60), st.integers(4, 80))
 def test_bytes_are_those_of_utf_8_up_to_the_length(text: str, max_length: int) -> None:
     ids = BYTES.encode(text, max_length)
@@ -60,7 +60,7 @@ def test_bytes_are_those_of_utf_8_up_to_the_length(text: str, max_length: int) -
     assert BYTES.pad_id not in ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(alphabet=st.characters(), max_size=20))
 def test_lone_surrogates_become_question_marks(text: str) -> None:
     ids = BYTES.encode(text, 256)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import subprocess
 import sys
 from contextlib import closing
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_files import open_files
 from worker_tasks import Arrays
 
 from crossguard.configs.errors import JobError
@@ -56,11 +55,10 @@ def test_an_error_in_a_worker_comes_with_its_traceback() -> None:
 
 def test_nothing_stays_open() -> None:
     delivered([1, 2, 3], 2)  # starts the server
-    gc.collect()  # What earlier tests have left open.
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(3):
         delivered([1, 2, 3], 2)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_files() - before
 
 
 def test_a_result_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
