@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from rank_models import alone, run_ranks
 from rank_nvme import CASES, new_engine
+from torch import nn
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import ZeroConfig
+from crossguard.train import nvme
+from crossguard.train.nvme import nvme_settings, open_swap_folder
 
 HERE = Path(__file__).parent
 SECONDS_TO_BUILD = 900
@@ -36,6 +40,33 @@ def test_without_the_operator_nvme_is_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     with pytest.raises(UserError, match=r"device=nvme: .*libaio"):
         new_engine(alone(), tmp_path, device="nvme", nvme_path=str(tmp_path / "nvme"))
+
+
+def test_there_is_a_buffer_for_each_of_what_is_updated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme, "_build_operator", lambda: None)
+    offload = {"device": "nvme", "nvme_path": "/nvme", "pipeline_read": True}
+    made = nvme_settings({"stage": 3, "offload_optimizer": offload}, "run", averages=True)
+    assert made["offload_optimizer"]["buffer_count"] == 10
+    assert made["sub_group_size"] < 1e9, "DeepSpeed's, which takes as much memory as the states of most models"
+    with pytest.raises(UserError, match=r"buffer_count=7: .*at least 8"):
+        nvme_settings({"stage": 3, "offload_optimizer": {**offload, "buffer_count": 7}}, "run", averages=False)
+
+
+def test_the_folder_is_looked_at_before_deepspeed_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_folder(folder: Path) -> None:
+        offload = {"device": "nvme", "nvme_path": str(folder / "crossguard-1")}
+        open_swap_folder({"offload_optimizer": offload}, nn.Linear(1024, 1024, bias=False), alone(), averages=True)
+
+    killed = tmp_path / "crossguard-1" / "zero_stage_3" / "optimizer" / "rank7"
+    killed.mkdir(parents=True)
+    open_folder(tmp_path)
+    assert not list((tmp_path / "crossguard-1").iterdir()), "of a killed run of more ranks"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"nvme_path=.*file: Not a directory; name a folder"):
+        open_folder(tmp_path / "file")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 19 << 20))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"nvme_path=.*: 19 MiB are free there and optimizer states take 20; free some"):
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
