@@ -296,7 +296,10 @@ def test_a_token_may_be_what_several_layers_say_of_it(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"model_type": "albert", "embedding_size": 8, **TINY}, {"model_type": "longformer", **TINY, "attention_window": 8}],
+    [
+        {"model_type": "albert", "embedding_size": 8, **TINY},
+        {"model_type": "longformer", **TINY, "attention_window": 8},
+    ],
     ids=["layers that share weights", "texts that are filled up"],
 )
 def test_the_last_layer_of_encoders_that_keep_it_in_other_ways(settings: dict[str, Any]) -> None:

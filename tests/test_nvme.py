@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from rank_models import alone, run_ranks
 from rank_nvme import CASES, new_engine
-from torch import nn
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema import ZeroConfig
@@ -54,17 +56,25 @@ def test_there_is_a_buffer_for_each_of_what_is_updated_at_once(monkeypatch: pyte
 
 def test_the_folder_is_looked_at_before_deepspeed_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_folder(folder: Path) -> None:
-        offload = {"device": "nvme", "nvme_path": str(folder / "crossguard-1")}
-        open_swap_folder({"offload_optimizer": offload}, nn.Linear(1024, 1024, bias=False), alone(), averages=True)
+        offload = {"device": "nvme", "nvme_path": str(folder / "crossguard-1"), "buffer_count": 5}
+        zero = {"offload_optimizer": offload, "sub_group_size": 1 << 18}
+        optimizer = torch.optim.AdamW([torch.zeros(1 << 18, requires_grad=True) for _ in range(4)])
+        open_swap_folder(zero, optimizer, alone(), averages=True)
 
     killed = tmp_path / "crossguard-1" / "zero_stage_3" / "optimizer" / "rank7"
     killed.mkdir(parents=True)
     open_folder(tmp_path)
     assert not list((tmp_path / "crossguard-1").iterdir()), "of a killed run of more ranks"
+    locked: list[int] = []
+    with monkeypatch.context() as denied:
+        denied.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mlock=lambda _, size: locked.append(size.value) or -1))
+        with pytest.raises(UserError, match=r"device=nvme: 10 MiB of buffers cannot be locked .*ulimit -l"):
+            open_folder(tmp_path)
+    assert locked == [5 * 4 * 2 * (1 << 18)], "two parameters are updated at once"
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"nvme_path=.*file: Not a directory; name a folder"):
         open_folder(tmp_path / "file")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 19 << 20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=19 << 20))
     with pytest.raises(UserError, match=r"nvme_path=.*: 19 MiB are free there and optimizer states take 20; free some"):
         open_folder(tmp_path)
 

@@ -51,7 +51,7 @@ class Engine:
         settings = deepspeed_config(config, ranks.world_size, micro_batch_size)
         join_deepspeed()
         averages = bool(config.train.ema_decay)
-        open_swap_folder(settings["zero_optimization"], model, ranks, averages=averages)
+        open_swap_folder(settings["zero_optimization"], self.optimizer, ranks, averages=averages)
         try:
             self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -13,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from crossguard.configs.errors import UserError
 from crossguard.train.ranks import Ranks
@@ -58,18 +60,20 @@ def _build_operator() -> None:
         except Exception as error:  # Of the compiler, of torch, of DeepSpeed where it looks for CUDA: anything.
             why = " ".join(str(error).split())[:200] or type(error).__name__
     raise UserError(
-        f"{WHERE}.device=nvme: DeepSpeed cannot build an operator for it ({why}); it needs a C++ compiler, ninja, libaio"
-        " with its headers (Debian: g++, libaio-dev) and beside a GPU the CUDA toolkit: install them, or use cpu"
+        f"{WHERE}.device=nvme: DeepSpeed cannot build an operator for it ({why}); it needs a C++ compiler, ninja,"
+        " libaio with its headers (Debian: g++, libaio-dev) and beside a GPU the CUDA toolkit; install them, or use cpu"
     )
 
 
-def open_swap_folder(zero: Mapping[str, Any], model: nn.Module, ranks: Ranks, *, averages: bool) -> None:
+def open_swap_folder(
+    zero: Mapping[str, Any], optimizer: torch.optim.Optimizer, ranks: Ranks, *, averages: bool
+) -> None:
     """Where states will lie on NVMe, if they do: a folder of the run on every host, without the files of a killed one,
     which may have been of more ranks. All ranks call it.
 
     Raises:
-        UserError: it cannot be written to in the way DeepSpeed writes, or lacks room. DeepSpeed does not look at what
-            becomes of a write.
+        UserError: DeepSpeed could not write there, or not lock its buffers into memory. It does not look at what
+            becomes of a write, and without buffers it aborts.
     """
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device") != "nvme":
@@ -78,24 +82,47 @@ def open_swap_folder(zero: Mapping[str, Any], model: nn.Module, ranks: Ranks, *,
     if ranks.local_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     hosts = ranks.gather(platform.node())  # Of hosts that share a file system none removes what another has made.
-    trained = sum(getattr(part, "ds_numel", part.numel()) for part in model.parameters() if part.requires_grad)
-    needed = 4 * (WITHOUT_AVERAGES + averages) * trained * hosts.count(platform.node()) // ranks.world_size
-    error = None
+    groups = [[getattr(part, "ds_numel", part.numel()) for part in group["params"]] for group in optimizer.param_groups]
+    states = 4 * (WITHOUT_AVERAGES + averages) * sum(map(sum, groups)) // ranks.world_size
+    largest = max(min(sum(sizes), zero["sub_group_size"] * ranks.world_size + max(sizes)) for sizes in groups)
+    error: UserError | None = None
+    try:
+        _try_folder(folder, states * hosts.count(platform.node()))
+        _try_lock(4 * offload["buffer_count"] * largest // ranks.world_size)
+    except UserError as failed:
+        error = failed
+    ranks.agree(error)
+
+
+def _try_folder(folder: Path, size: int) -> None:
+    """Write as DeepSpeed does; `size` bytes must be free."""
+    place = f"{WHERE}.nvme_path={folder.parent}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             os.close(os.open(file.name, os.O_WRONLY | os.O_DIRECT))
-        if (free := shutil.disk_usage(folder).free) < needed:
-            error = UserError(
-                f"{WHERE}.nvme_path={folder.parent}: {free >> 20} MiB are free there and optimizer states take"
-                f" {needed >> 20}; free some, or name another folder"
-            )
-    except OSError as failed:
-        error = UserError(
-            f"{WHERE}.nvme_path={folder.parent}: {failed.strerror}; name a folder that can be written to, of a file"
-            " system that does so directly (O_DIRECT)"
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(
+            f"{place}: {error.strerror}; name a folder that can be written to, of a file system that does so directly"
+            " (O_DIRECT)"
+        ) from error
+    if free < size:
+        raise UserError(
+            f"{place}: {free >> 20} MiB are free there and optimizer states take {size >> 20}; free some, or name"
+            " another folder"
         )
-    ranks.agree(error)
+
+
+def _try_lock(size: int) -> None:
+    """Lock memory as DeepSpeed does; without privileges the system sets a limit, often of 8 MiB."""
+    memory = mmap.mmap(-1, max(size, 1))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
+        raise UserError(
+            f"{WHERE}.device=nvme: {size >> 20} MiB of buffers cannot be locked into memory; raise the limit"
+            " (`ulimit -l`), or lower zero.deepspeed.zero_optimization.sub_group_size"
+        )
 
 
 @contextmanager
