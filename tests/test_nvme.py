@@ -47,7 +47,8 @@ def test_without_the_operator_nvme_is_refused(monkeypatch: pytest.MonkeyPatch, t
 def test_there_is_a_buffer_for_each_of_what_is_updated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvme, "_build_operator", lambda: None)
     offload = {"device": "nvme", "nvme_path": "/nvme", "pipeline_read": True}
-    made = nvme_settings({"stage": 3, "offload_optimizer": offload}, "run", averages=True)
+    offload |= {"buffer_count": "auto"}
+    made = nvme_settings({"stage": 3, "offload_optimizer": offload, "sub_group_size": None}, "run", averages=True)
     assert made["offload_optimizer"]["buffer_count"] == 10
     assert made["sub_group_size"] < 1e9, "DeepSpeed's, which takes as much memory as the states of most models"
     with pytest.raises(UserError, match=r"buffer_count=7: .*at least 8"):
@@ -57,7 +58,7 @@ def test_there_is_a_buffer_for_each_of_what_is_updated_at_once(monkeypatch: pyte
 def test_the_folder_is_looked_at_before_deepspeed_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_folder(folder: Path) -> None:
         offload = {"device": "nvme", "nvme_path": str(folder / "crossguard-1"), "buffer_count": 5}
-        zero = {"offload_optimizer": offload, "sub_group_size": 1 << 18}
+        zero = {"offload_optimizer": offload, "sub_group_size": float(1 << 18)}
         optimizer = torch.optim.AdamW([torch.zeros(1 << 18, requires_grad=True) for _ in range(4)])
         open_swap_folder(zero, optimizer, alone(), averages=True)
 

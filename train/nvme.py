@@ -37,16 +37,21 @@ def nvme_settings(zero: Mapping[str, Any], run_dir: str, *, averages: bool) -> d
         UserError: DeepSpeed cannot build its operator here, or gets fewer buffers than it needs.
     """
     _build_operator()
-    offload = zero["offload_optimizer"]
+    offload = _given(zero["offload_optimizer"])
     run = hashlib.sha256(str(Path(run_dir).absolute()).encode()).hexdigest()[:16]
     # Of what is updated at once; also of what is read ahead and of what is being written.
     sets = 1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write"))
     least = sets * (WITHOUT_AVERAGES + averages)
-    buffers = int(offload.get("buffer_count") or least)
+    buffers = int(offload.get("buffer_count", least))
     if buffers < least:
         raise UserError(f"{WHERE}.buffer_count={buffers}: so few do not do; leave it out, or say at least {least}")
     settings = {**offload, "buffer_count": buffers, "nvme_path": str(Path(offload["nvme_path"]) / f"crossguard-{run}")}
-    return {"sub_group_size": SUB_GROUP_SIZE, **zero, "offload_optimizer": settings}
+    return {"sub_group_size": SUB_GROUP_SIZE, **_given(zero), "offload_optimizer": settings}
+
+
+def _given(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what DeepSpeed would take as not said."""
+    return {name: value for name, value in block.items() if value not in (None, "auto")}
 
 
 def _build_operator() -> None:
@@ -88,7 +93,7 @@ def open_swap_folder(
     error: UserError | None = None
     try:
         _try_folder(folder, states * hosts.count(platform.node()))
-        _try_lock(4 * offload["buffer_count"] * largest // ranks.world_size)
+        _try_lock(int(4 * offload["buffer_count"] * largest / ranks.world_size))
     except UserError as failed:
         error = failed
     ranks.agree(error)
