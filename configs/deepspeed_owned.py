@@ -35,11 +35,11 @@ def check_owned(block: Mapping[str, Any]) -> None:
         if _holds(block, name):
             raise UserError(f"zero.deepspeed.{name}: crossguard sets it; use {instead}")
     # With these DeepSpeed steps a part of the weights with an optimizer of its own.
-    for name, only in (("ratio", 1), ("super_offload", False)):
-        if _at(block, f"zero_optimization.offload_optimizer.{name}") not in (None, only):
+    for name, only in (("offload_optimizer.ratio", 1), ("offload_optimizer.super_offload", False), ("zenflow", None)):
+        if _at(block, f"zero_optimization.{name}") not in (None, only):
             raise UserError(
-                f"zero.deepspeed.zero_optimization.offload_optimizer.{name}: checkpoints cannot see the state of a"
-                f" second optimizer; leave it at {str(only).lower()}"
+                f"zero.deepspeed.zero_optimization.{name}: checkpoints cannot see the state of a second optimizer; "
+                + ("leave it out" if only is None else f"leave it at {str(only).lower()}")
             )
 
 

@@ -38,6 +38,7 @@ def examined(
 def test_a_compiler_that_is_missing_is_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "note  compiler       no C++ compiler; " in examined("compiler", monkeypatch, capsys)
     (tmp_path / "c++").write_text("#!/bin/sh\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,54 @@ def test_a_token_may_be_what_several_layers_say_of_it(kind: str) -> None:
     assert not torch.allclose(lower, upper, atol=1e-3)
     with pytest.raises(UserError, match=r"model\.text\.layers: 3 is asked for, and the encoder has 2 layers"):
         build(replace(config, text=replace(config.text, layers=[3])))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "albert", "embedding_size": 8, **TINY},
+        {"model_type": "longformer", **TINY, "attention_window": 8},
+    ],
+    ids=["layers that share weights", "texts that are filled up"],
+)
+def test_the_last_layer_of_encoders_that_keep_it_in_other_ways(settings: dict[str, Any]) -> None:
+    config = model_config(text={**settings, "max_position_embeddings": 140})
+    top, layer = build(config), build(replace(config, text=replace(config.text, layers=[2])))
+    layer.text.encoder.load_state_dict(top.text.encoder.state_dict())
+    batch = batch_of(*POSTS)
+    ids, mask = batch.input_ids[:, :5], (batch.text_mask | ~batch.has_text[:, None])[:, :5]
+    assert torch.equal(layer.text(ids, mask), top.text(ids, mask))
+
+
+def test_layers_that_cannot_be_told_apart_are_refused() -> None:
+    """XLM has a list of attentions, one of networks behind them, and so on, of the same length."""
+    sizes = {"emb_dim": 16, "n_layers": 2, "n_heads": 2}
+    config = model_config(text={"model_type": "xlm", **sizes, "max_position_embeddings": 140})
+    with pytest.raises(UserError, match=r"model\.text\.layers: xlm has no layers that can be told apart; leave it out"):
+        build(replace(config, text=replace(config.text, layers=[1])))
+
+
+def test_threads_that_score_at_once_do_not_mix_up_posts() -> None:
+    config = model_config()
+    tower = build(replace(config, text=replace(config.text, layers=[1, 2]))).text
+    mask = torch.ones((1, 5), dtype=torch.bool)
+    mine, others = torch.arange(5)[None] + 5, torch.arange(5)[None] + 50
+    alone = tower(mine, mask)
+    with ThreadPoolExecutor(1) as thread:
+
+        def meanwhile(*_: Any) -> None:
+            hook.remove()
+            thread.submit(tower, others, mask).result()
+
+        hook = tower.encoder.register_forward_hook(meanwhile)
+        assert torch.equal(tower(mine, mask), alone)
+
+
+def test_no_layer_is_left_out_at_random() -> None:
+    """Ranks would leave out different ones, and under ZeRO-3 wait for each other."""
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    model = build(model_config(text={"model_type": "m2m_100", **sizes, "max_position_embeddings": 140}))
+    assert model.text.encoder.config.encoder_layerdrop == 0.0
 
 
 def test_layers_above_the_highest_that_is_looked_at_are_not_loaded(pretrained: Path) -> None:

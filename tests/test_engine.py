@@ -118,6 +118,8 @@ def test_owned_keys_are_refused_and_others_reach_deepspeed() -> None:
             UserError, match=r"offload_optimizer\.(ratio|super_offload): .*second optimizer; leave it at"
         ):
             check_owned({"zero_optimization": {"offload_optimizer": {"device": "cpu", **offload}}})
+    with pytest.raises(UserError, match=r"zenflow: .*second optimizer; leave it out"):
+        check_owned({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}})
     check_owned({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 1.0, "super_offload": False}}})
     config = tiny_config(stage=2)
     config.zero.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}

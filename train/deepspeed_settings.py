@@ -36,7 +36,7 @@ def deepspeed_config(config: Config, world_size: int, micro_batch_size: int) -> 
     settings = _merged(ours, config.zero.deepspeed)
     zero = settings["zero_optimization"]
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        zero["offload_optimizer"] = nvme_settings(zero["offload_optimizer"], config.run_dir)
+        settings["zero_optimization"] = nvme_settings(zero, config.run_dir, averages=bool(config.train.ema_decay))
     return settings
 
 

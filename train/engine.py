@@ -19,7 +19,7 @@ from crossguard.configs.schema import Config
 from crossguard.train import phases
 from crossguard.train.deepspeed_settings import deepspeed_config, join_deepspeed
 from crossguard.train.gradient_norm import talk_once
-from crossguard.train.nvme import remove_swap_files
+from crossguard.train.nvme import open_swap_folder, remove_swap_files
 from crossguard.train.optimizer import build_optimizer, freeze
 from crossguard.train.ranks import Ranks
 
@@ -35,8 +35,8 @@ class Engine:
         """Place `model` (equal on every rank, or shared out by ZeRO-3) on the device and hand it to DeepSpeed.
 
         Raises:
-            UserError: `train.freeze` fits no parameter, `zero.deepspeed` holds a key that crossguard owns, or DeepSpeed
-                refuses a value.
+            UserError: `train.freeze` fits no parameter, `zero.deepspeed` holds a key that crossguard owns, DeepSpeed
+                refuses a value, or optimizer states cannot lie where they should (NVMe).
         """
         self.ranks = ranks
         self.stage = config.zero.stage
@@ -50,6 +50,8 @@ class Engine:
             self.optimizer.register_step_pre_hook(self._clip)
         settings = deepspeed_config(config, ranks.world_size, micro_batch_size)
         join_deepspeed()
+        averages = bool(config.train.ema_decay)
+        open_swap_folder(settings["zero_optimization"], self.optimizer, ranks, averages=averages)
         try:
             self.deepspeed, _, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -98,9 +100,13 @@ class Engine:
         self.deepspeed.train(mode)
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks and buffers, and what it has on NVMe."""
-        remove_swap_files(self.deepspeed.optimizer)
+        """Remove DeepSpeed's hooks and buffers, and what it has on NVMe. It waits for the device."""
+        self.remove_swap_files()
         self.deepspeed.destroy()
+
+    def remove_swap_files(self) -> None:
+        """Remove what DeepSpeed has on NVMe: the last thing that is done with the engine. Nobody is waited for."""
+        remove_swap_files(self.deepspeed.optimizer)
 
     def _talk(self, squares: torch.Tensor) -> torch.Tensor:
         """The sums of `squares` over all ranks; and in the same talk, of what they tell each other in this step."""

@@ -93,8 +93,8 @@ def averaged_weights(engine: Engine) -> Iterator[None]:
     """Inside, the model computes with the averages of its weights, where training keeps any (`train.ema_decay`).
 
     Afterwards weights and averages are what they were, bit for bit. All ranks enter and leave it. Where the block
-    raises anything but Preempted, that may be on this rank alone: what it holds is put back, but no other rank is
-    waited for to refresh the weights of the forward pass.
+    raises anything but Preempted, that may be on this rank alone: what it holds in memory is put back, but no other
+    rank is waited for to refresh the weights of the forward pass, nor is NVMe written.
     """
     if not is_followed(engine.optimizer):
         yield

@@ -79,8 +79,11 @@ def run_training(config: Config, ranks: Ranks) -> None:
         engine = _open_engine(config, ranks, inputs, checkpoint, micro_batch)
         ranks.on_first(lambda: _open_run_dir(run_dir, config, state))
         tracker = open_tracker(config, saved["tracker_run_id"] if saved else None, first=ranks.is_first)
-        with contextlib.closing(engine):
+        try:
             _train(config, engine, inputs, beside, state, last_step, tracker, micro_batch)
+        finally:
+            # The process ends: closing the engine would wait for a device, or for ranks, that may be what has failed.
+            engine.remove_swap_files()
 
 
 def _train(

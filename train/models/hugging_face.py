@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Role = Literal["text", "image", "video", "audio"]
-# Of encoders of sound: layers left out and inputs hidden at random, which would differ from rank to rank.
+# Layers left out and inputs hidden at random, which would differ from rank to rank.
 RANDOM = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
 ENCODED = {"text": "texts", "image": "images", "video": "images", "audio": "sound"}
 # How weights are shared out while they are read; None: every rank holds them whole.
@@ -171,7 +171,7 @@ def _read_config(name: str, role: Role, layers: int | None = None) -> tuple[Any,
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = config.layer_types[:layers]
     for setting, value in RANDOM.items():
-        if role == "audio" and hasattr(config, setting):
+        if hasattr(config, setting):
             setattr(config, setting, value)
     return config, config is not whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from crossguard.configs.errors import UserError
 from crossguard.configs.schema.encoders import TextEncoderConfig
-from crossguard.train.models.hugging_face import load_encoder, new_encoder
+from crossguard.train.models.hugging_face import RANDOM, load_encoder, new_encoder
 from crossguard.train.models.tower import Tower, build_own_tower
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Their position 0 comes after the id of the padding token, so that as many positions are lost.
 _AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text", "luke", "lilt", "xmod")
+# What the last layer said in the pass that a thread runs.
+_SAID = threading.local()
 
 
 class TextTower(Tower):
@@ -30,25 +33,27 @@ class TextTower(Tower):
         super().__init__()
         self.encoder, self.layers = encoder, tuple(layers)
         self.width = int(encoder.config.hidden_size) * max(1, len(self.layers))
-        self._top: Tensor | None = None
         if self.layers:
-            _blocks(encoder, max(self.layers))[-1].register_forward_hook(self._keep)
+            _blocks(encoder, max(self.layers))[-1].register_forward_hook(_keep)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """int64[B, L] and bool[B, L] → float[B, L, width]; rows of `mask` hold at least one True."""
-        found = self.encoder(
-            input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=bool(self.layers) or None
-        )
-        if self.layers:
-            top, self._top = self._top, None
-            says = [*found.hidden_states[:-1], top]  # The embeddings come first.
-            return torch.cat([says[layer] for layer in self.layers], dim=-1)
-        hidden: Tensor = found.last_hidden_state
-        return hidden
+        if not self.layers:
+            hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+            return hidden
+        _SAID.top = None
+        found = self.encoder(input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=True)
+        top, _SAID.top = _SAID.top, None
+        if top is None:
+            raise _cannot_tell(self.encoder)
+        says = [*found.hidden_states[:-1], top]  # The embeddings come first.
+        # Some encoders fill texts up to a multiple of their window.
+        return torch.cat([says[layer][:, : input_ids.shape[1]] for layer in self.layers], dim=-1)
 
-    def _keep(self, _block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        """What the last layer says itself: many encoders have a norm after whichever layer is their last."""
-        self._top = output if isinstance(output, Tensor) else output[0]
+
+def _keep(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+    """What the last layer says itself: many encoders have a norm after whichever layer is their last."""
+    _SAID.top = output if isinstance(output, Tensor) else output[0]
 
 
 def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) -> Tower:
@@ -67,7 +72,7 @@ def build_text_tower(config: TextEncoderConfig, vocab_size: int, pad_id: int) ->
         encoder = load_encoder(config.pretrained, "text", layers=config.depth)
     else:
         ids = {"vocab_size": vocab_size, "pad_token_id": pad_id, "bos_token_id": None, "eos_token_id": None}
-        encoder = new_encoder(config.config, ids, "text")
+        encoder = new_encoder(config.config, {**ids, **RANDOM}, "text")
     _check_fits(encoder, config, vocab_size, pad_id)
     return TextTower(encoder, config.layers)
 
@@ -77,12 +82,20 @@ def _blocks(encoder: PreTrainedModel, highest: int) -> nn.ModuleList:
     depth = int(encoder.config.num_hidden_layers)
     if highest > depth:
         raise UserError(f"model.text.layers: {highest} is asked for, and the encoder has {depth} layers")
-    for module in encoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UserError(
-        f"model.text.layers: {encoder.config.model_type} has no layers that can be told apart; leave it out"
-    )
+    lists = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)}
+    # Layers of ALBERT are those of a group, run several times.
+    stored = getattr(encoder.config, "num_hidden_groups", depth)
+    found = {name: module for name, module in lists.items() if len(module) == stored}
+    # T5 has as many parts inside of a layer; XLM keeps the parts of its layers in lists beside each other.
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        raise _cannot_tell(encoder)
+    return found[outermost[0]]
+
+
+def _cannot_tell(encoder: PreTrainedModel) -> UserError:
+    name = encoder.config.model_type
+    return UserError(f"model.text.layers: {name} has no layers that can be told apart; leave it out")
 
 
 def _check_fits(encoder: PreTrainedModel, config: TextEncoderConfig, vocab_size: int, pad_id: int) -> None:
