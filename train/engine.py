@@ -86,7 +86,9 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         self._told = torch.zeros(1, dtype=torch.float64, device=self.ranks.device) if told is None else told
         self._talked = False
-        if not self._tells_with_norm:
+        if self.stage == 0:  # They are told while the gradients are on their way.
+            self._begun = self.ranks.begin_sum(self._told)
+        elif not self._tells_with_norm:
             self._talk(self._told[:0])
         self.deepspeed.step()
         if not self._talked:  # Each rank would go on with counts of its own.
@@ -111,13 +113,18 @@ class Engine:
     def _talk(self, squares: torch.Tensor) -> torch.Tensor:
         """The sums of `squares` over all ranks; and in the same talk, of what they tell each other in this step."""
         sums = self.ranks.sum(torch.cat([squares, self._told]))
+        self._hear(sums[len(squares) :])
+        return sums[: len(squares)]
+
+    def _hear(self, told: torch.Tensor) -> None:
+        """What all ranks together have told."""
         phases.enter(phases.STEP)  # Nobody waits from here on.
-        squares, self._told, self._talked = sums[: len(squares)], sums[len(squares) :], True
-        if not self._told[0].isfinite():
+        self._told, self._talked = told, True
+        if not told[0].isfinite():
             self._hold_update()
-        return squares
 
     def _clip(self, *_: Any) -> None:
+        self._hear(self._begun())
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         limit = self._grad_clip or float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)

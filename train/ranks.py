@@ -54,13 +54,23 @@ class Ranks:
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all ranks, in place."""
-        if self.world_size > 1:
-            if value.device.type == "cpu" and value.numel() <= MOST_GATHERED:
-                parts = value.new_empty((self.world_size, *value.shape))
-                dist.all_gather([*parts], value, group=self.group)
-                return torch.sum(parts, 0, dtype=value.dtype, out=value)
-            dist.all_reduce(value, group=self.group)
-        return value
+        return self.begin_sum(value)()
+
+    def begin_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The same, on its way: the call of what is returned waits for it. Two talks at once cost less than one after
+        the other; all ranks begin them in the same order."""
+        if self.world_size == 1:
+            return lambda: value
+        gathered = value.device.type == "cpu" and value.numel() <= MOST_GATHERED
+        parts = value.new_empty((self.world_size, *value.shape)) if gathered else None
+        options: dict[str, Any] = {"group": self.group, "async_op": True}
+        work = dist.all_reduce(value, **options) if parts is None else dist.all_gather([*parts], value, **options)
+
+        def end() -> torch.Tensor:
+            work.wait()
+            return value if parts is None else torch.sum(parts, 0, dtype=value.dtype, out=value)
+
+        return end
 
     def gather(self, value: T) -> list[T]:
         """The small object of every rank, on every rank."""
