@@ -15,7 +15,7 @@ from crossguard.train.checkpoint import load_checkpoint
 from crossguard.train.checkpoint_folder import latest_checkpoint
 from crossguard.train.checkpoint_saving import CheckpointSaver
 from crossguard.train.engine import Engine
-from crossguard.train.fragments import held_fragments
+from crossguard.train.fragments import held_blocks
 from crossguard.train.ranks import Ranks, end_process, init_ranks
 
 
@@ -37,9 +37,9 @@ def train(engine: Engine, steps: range) -> list[float]:
     return losses
 
 
-def save(engine: Engine, run_dir: Path, step: int) -> Path:
+def save(engine: Engine, run_dir: Path, step: int, *, in_background: bool = False) -> Path:
     """Save and say where."""
-    with CheckpointSaver(run_dir, engine, keep_last=1) as saver:
+    with CheckpointSaver(run_dir, engine, keep_last=1, in_background=in_background) as saver:
         saver.save(counts(step), {})
     newest = latest_checkpoint(run_dir)
     assert newest is not None
@@ -58,7 +58,8 @@ def checkpoint_of(root: Path, case: str) -> Path:
 
 def held(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:
     """A copy of everything that the rank holds."""
-    return {(part.kind, part.name, part.start): part.tensor.clone() for part in held_fragments(engine)}
+    blocks = held_blocks(engine)
+    return {(part.kind, part.name, part.start): part.tensor.clone() for block in blocks for part in block}
 
 
 def same(one: dict[tuple[str, str, int], torch.Tensor], other: dict[tuple[str, str, int], torch.Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from crossguard.configs.schema.ngrams import NgramsConfig
 from crossguard.train.engine import Engine
-from crossguard.train.fragments import WEIGHT, held_fragments
+from crossguard.train.fragments import WEIGHT, held_blocks
 from crossguard.train.models.ngrams import NgramTower
 from crossguard.train.optimizer import build_optimizer, freeze, learning_rate
 from crossguard.train.ranks import MOST_GATHERED, Ranks, end_process, init_ranks
@@ -115,7 +115,8 @@ def trained(
 
 def largest_difference(engine: Engine, whole: dict[str, torch.Tensor]) -> float:
     """Of this rank's weights from whole ones."""
-    parameters = [fragment for fragment in held_fragments(engine) if fragment.kind == WEIGHT and fragment.name in whole]
+    (block,) = held_blocks(engine)
+    parameters = [part for part in block if part.kind == WEIGHT and part.name in whole]
     assert parameters
     return max(
         float((part.tensor - whole[part.name].reshape(-1)[part.start : part.start + part.tensor.numel()]).abs().max())

@@ -16,7 +16,7 @@ from crossguard.configs.parent_death import die_with_parent
 from crossguard.configs.schema import ZeroConfig
 from crossguard.train.checkpoint import load_checkpoint
 from crossguard.train.engine import Engine
-from crossguard.train.fragments import averaged_weights, held_fragments
+from crossguard.train.fragments import averaged_weights, held_blocks
 from crossguard.train.ranks import Ranks, end_process, init_ranks
 
 # Of a layer each of two ranks holds more than the megabyte from which DeepSpeed swaps.
@@ -63,7 +63,8 @@ def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
 
 def state(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:
     """A copy of everything that is saved."""
-    return {(part.kind, part.name, part.start): part.tensor.clone() for part in held_fragments(engine)}
+    blocks = held_blocks(engine)
+    return {(part.kind, part.name, part.start): part.tensor.clone() for block in blocks for part in block}
 
 
 def same(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> bool:
@@ -95,7 +96,9 @@ def compare(ranks: Ranks, folder: Path, case: str) -> dict[str, Any]:
         "first losses": train(engine, range(1, 3)) == losses[:2],
         "files": sorted({str(file.parent.relative_to(nvme)) for file in nvme.rglob("*.swp")}),
     }
-    checkpoint = save(engine, run_dir, 2)
+    checkpoint = save(engine, run_dir, 2, in_background=True)
+    ranks.any(False)  # Rank 0 is the one that completes it.
+    found["fragment files"] = len(list(checkpoint.glob(f"fragments-*{ranks.rank:05d}.safetensors")))
     found["losses"] = train(engine, range(3, 5)) == losses[2:]
     found["state"] = same(state(engine), state(whole))
     with averaged_weights(engine):

@@ -31,6 +31,7 @@ def test_states_on_nvme_train_as_those_in_memory_and_resume(tmp_path: Path, rank
         assert found.keys() == CASES.keys()
         for of_rank in found.values():
             assert of_rank.pop("swapped") == [True, True, False, False]
+            assert of_rank.pop("fragment files") == 3, "each swapped sub-group is written by itself"
             files = of_rank.pop("files")
             assert any(file.endswith(f"rank{number}") for file in files)
             assert len({file.split("/")[0] for file in files}) == 1, "in a folder of the run"

@@ -26,7 +26,7 @@ from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_manifest import DamagedCheckpoint, fragment_files, verify
 from crossguard.train.fragments import (
     Fragment,
-    held_fragments,
+    held_blocks,
     model_fingerprint,
     refresh_weights,
     set_optimizer_steps,
@@ -126,10 +126,10 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
     ranks = engine.ranks
     state = folder.read_state(checkpoint)
     _check_model(checkpoint, state, engine)
-    fragments = held_fragments(engine)
     error: Exception | None = None
     try:
-        _fill(checkpoint, fragments)
+        for block in held_blocks(engine, changed=True):
+            _fill(checkpoint, block)
         random_file = checkpoint / random_name(ranks.rank)
         if random_file.is_file() and state["world_size"] == ranks.world_size:
             set_random_state(json.loads(random_file.read_text()))
@@ -141,7 +141,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, seed: int) -> dict[str, An
         error = UserError(f"{checkpoint}: unreadable ({failed}); start again to use an older one")
     ranks.agree(error)
     set_optimizer_steps(engine, state["optimizer_steps"])
-    refresh_weights(engine, fragments)
+    refresh_weights(engine)
     return state
 
 

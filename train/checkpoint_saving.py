@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,9 @@ from crossguard.train import checkpoint_folder as folder
 from crossguard.train.checkpoint_copies import CheckpointCopies
 from crossguard.train.checkpoint_manifest import Entry, entry
 from crossguard.train.fragment_file import write_tensors
-from crossguard.train.fragments import model_fingerprint, optimizer_steps, owned_fragments, tensor_shapes
+from crossguard.train.fragments import Fragment, model_fingerprint, optimizer_steps, owned_blocks, tensor_shapes
 from crossguard.train.host_copy import HostCopy
+from crossguard.train.nvme import is_on_nvme
 from crossguard.train.random_state import random_name, random_state
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class CheckpointSaver:
         run_dir: the run directory.
         engine: whose weights and moments are saved.
         keep_last: how many of the newest checkpoints stay.
-        in_background: `save` returns as soon as the state is copied.
+        in_background: `save` returns as soon as the state is copied; what lies on NVMe is not copied but written at
+            once, for it may not fit into memory.
         copies: where a complete one is copied to, if anywhere.
     """
 
@@ -53,6 +55,7 @@ class CheckpointSaver:
         copies: CheckpointCopies | None = None,
     ):
         self._run_dir, self._engine, self._keep_last, self._copies = run_dir, engine, keep_last, copies
+        in_background = in_background and not is_on_nvme(engine.deepspeed.optimizer)
         self._ranks = engine.ranks.beside() if in_background else engine.ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._pending: Future[None] | None = None
@@ -90,7 +93,7 @@ class CheckpointSaver:
         """
         self.finish()
         engine, rank, step = self._engine, self._ranks.rank, state["step"]
-        tensors = {f"{part.kind}:{part.start}:{part.name}": part.tensor for part in owned_fragments(engine)}
+        blocks = map(_by_name, owned_blocks(engine))
         files = {random_name(rank): json.dumps(random_state()).encode()}
         if rank == 0:
             about = {
@@ -102,9 +105,10 @@ class CheckpointSaver:
             }
             files |= {folder.STATE: json.dumps(about | state).encode(), **attached}
         if self._thread is None:
-            self._write(step, tensors, files, best)
+            self._write(step, blocks, files, best)
         else:
-            self._pending = self._thread.submit(self._write, step, self._copy.take(tensors), files, best)
+            (tensors,) = blocks
+            self._pending = self._thread.submit(self._write, step, [self._copy.take(tensors)], files, best)
 
     def finish(self) -> None:
         """Wait for the save under way.
@@ -116,15 +120,16 @@ class CheckpointSaver:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], files: dict[str, bytes], best: bool) -> None:
+    def _write(self, step: int, blocks: Iterable[dict[str, torch.Tensor]], files: dict[str, bytes], best: bool) -> None:
         """Write this rank's files; commit when all ranks have written theirs."""
         ranks = self._ranks
         error: Exception | None = None
         written: dict[str, Entry] = {}
         staging: Path = ranks.on_first(lambda: self._open_staging(step))
         try:
-            name = f"fragments-{ranks.rank:05d}.safetensors"
-            written[name] = write_tensors(staging / name, tensors)
+            for number, tensors in enumerate(blocks):
+                name = f"fragments-{f'{number:03d}-' if number else ''}{ranks.rank:05d}.safetensors"
+                written[name] = write_tensors(staging / name, tensors)
             for name, content in files.items():
                 write_atomic(staging / name, content)
                 written[name] = entry(content)
@@ -164,3 +169,7 @@ class CheckpointSaver:
             f"{self._run_dir / 'checkpoints'}: rank {self._ranks.rank} cannot save a checkpoint"
             f" ({error.strerror or error}); {kept}; free space there, or allow writing, then start again to resume"
         )
+
+
+def _by_name(block: list[Fragment]) -> dict[str, torch.Tensor]:
+    return {f"{part.kind}:{part.start}:{part.name}": part.tensor for part in block}

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,23 +41,32 @@ class Fragment:
     replicated: bool = False
 
 
-def held_fragments(engine: Engine) -> list[Fragment]:
+def held_blocks(engine: Engine, *, changed: bool = False) -> Iterator[list[Fragment]]:
     """Everything that this rank holds: weights (fp32 masters, frozen ones too), moments, averages, buffers.
 
-    Of what lies on NVMe they are copies, which `refresh_weights` puts back.
+    A block of them is in memory until the next one is asked for. What lies on NVMe comes in several, which are written
+    there again if they are `changed`; the last block, of all others the only one, stays in memory.
     """
-    family = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_flat_parameters}[engine.stage]
-    return [*family(engine), *_buffers(engine.model)]
+    if engine.stage == 3:
+        yield from _of_flat_parameters(engine, changed)
+    else:
+        family = _of_flat_groups if engine.stage else _whole
+        yield [*family(engine), *_buffers(engine.model)]
 
 
-def owned_fragments(engine: Engine) -> Iterator[Fragment]:
+def owned_blocks(engine: Engine) -> Iterator[list[Fragment]]:
     """The fragments that this rank writes: together the ranks write each element once.
 
     What all ranks hold is shared out in equal ranges; buffers (running statistics, small and of any type) are rank 0's.
     """
+    for block in held_blocks(engine):
+        yield [*_owned(engine, block)]
+
+
+def _owned(engine: Engine, block: Iterable[Fragment]) -> Iterator[Fragment]:
     rank, world_size = engine.ranks.rank, engine.ranks.world_size
     buffers = {name for name, _ in persistent_buffers(engine.model)}
-    for fragment in held_fragments(engine):
+    for fragment in block:
         if fragment.name in buffers:
             if rank == 0:
                 yield fragment
@@ -70,18 +79,15 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
             yield fragment
 
 
-def refresh_weights(engine: Engine, written: Iterable[Fragment]) -> None:
-    """Make the weights of the forward pass those of the masters, after held fragments were written. All call it."""
+def refresh_weights(engine: Engine) -> None:
+    """Make the weights of the forward pass those of the masters, after these were written. All ranks call it."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
     elif engine.stage == 3:
         optimizer._partition_all_parameters()
-        changed = {(part.kind, part.name): part.tensor for part in written}
         for group in range(len(optimizer.fp16_groups)):
-            with in_memory(optimizer, group, changed=True) as swapped:
-                for part in _of_sub_group(engine, group) if swapped else ():
-                    part.tensor.copy_(changed[part.kind, part.name])
+            with in_memory(optimizer, group):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if small := optimizer.persistent_parameters:
             small[0].partition(small)
@@ -93,27 +99,24 @@ def averaged_weights(engine: Engine) -> Iterator[None]:
     """Inside, the model computes with the averages of its weights, where training keeps any (`train.ema_decay`).
 
     Afterwards weights and averages are what they were, bit for bit. All ranks enter and leave it. Where the block
-    raises anything but Preempted, that may be on this rank alone: what it holds in memory is put back, but no other
-    rank is waited for to refresh the weights of the forward pass, nor is NVMe written.
+    raises anything but Preempted, that may be on this rank alone: what it holds is put back, but no other rank is
+    waited for to refresh the weights of the forward pass.
     """
     if not is_followed(engine.optimizer):
         yield
         return
-    fragments = held_fragments(engine)
-    held = {(part.kind, part.name, part.start): part.tensor for part in fragments}
-    pairs = [(held[WEIGHT, name, start], held[kind, name, start]) for kind, name, start in held if kind == AVERAGE]
     together = True
-    _exchange(pairs)
-    refresh_weights(engine, fragments)
+    _exchange(engine)
+    refresh_weights(engine)
     try:
         yield
     except BaseException as error:
         together = isinstance(error, Preempted)
         raise
     finally:
-        _exchange(pairs)
+        _exchange(engine)
         if together:
-            refresh_weights(engine, fragments)
+            refresh_weights(engine)
 
 
 @contextmanager
@@ -184,18 +187,21 @@ def _of_flat_groups(engine: Engine) -> Iterator[Fragment]:
             yield Fragment(WEIGHT, name, 0, parameter.data.view(-1), replicated=True)
 
 
-def _of_flat_parameters(engine: Engine) -> Iterator[Fragment]:
+def _of_flat_parameters(engine: Engine, changed: bool) -> Iterator[list[Fragment]]:
     zero = engine.deepspeed.optimizer
-    for group in range(len(zero.fp32_partitioned_groups_flat)):
-        with in_memory(zero, group) as swapped:
-            parts = _of_sub_group(engine, group)
-            if swapped:
-                parts = [replace(part, tensor=part.tensor.clone()) for part in parts]
-        yield from parts
+    staying = [*_buffers(engine.model)]
     parameter: Any  # With what DeepSpeed hangs on it.
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
-            yield from _of_partition(engine, name, parameter, [(WEIGHT, parameter.ds_tensor.data)])
+            staying += _of_partition(engine, name, parameter, [(WEIGHT, parameter.ds_tensor.data)])
+    for group in range(len(zero.fp32_partitioned_groups_flat)):
+        with in_memory(zero, group, changed=changed) as swapped:
+            block = _of_sub_group(engine, group)
+            if swapped:
+                yield block
+            else:
+                staying += block
+    yield staying
 
 
 def _of_sub_group(engine: Engine, group: int) -> list[Fragment]:
@@ -229,12 +235,16 @@ def _buffers(model: nn.Module) -> Iterator[Fragment]:
         yield Fragment(WEIGHT, name, 0, buffer.data.view(-1), replicated=True)
 
 
-def _exchange(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Swap the contents of two tensors, pair by pair."""
-    for one, other in pairs:
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
+def _exchange(engine: Engine) -> None:
+    """Swap the contents of weights and their averages."""
+    for block in held_blocks(engine, changed=True):
+        held = {(part.kind, part.name, part.start): part.tensor for part in block}
+        for kind, name, start in held:
+            if kind == AVERAGE:
+                weights, averages = held[WEIGHT, name, start], held[kind, name, start]
+                kept = weights.clone()
+                weights.copy_(averages)
+                averages.copy_(kept)
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -150,6 +150,12 @@ def in_memory(zero: Any, group: int, *, changed: bool = False) -> Iterator[bool]
         zero._release_swap_buffers(group)
 
 
+def is_on_nvme(zero: Any) -> bool:
+    """Whether anything of a DeepSpeed optimizer lies there."""
+    groups = range(len(zero.fp16_groups)) if getattr(zero, "swap_optimizer", False) else ()
+    return any(zero._swappable_optimizer_subgroup(group) for group in groups)
+
+
 def remove_swap_files(zero: Any) -> None:
     """This rank's, with the folders above it that are left empty, up to that of the run."""
     swapper = getattr(zero, "optimizer_swapper", None)
