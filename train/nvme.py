@@ -34,9 +34,8 @@ def nvme_settings(zero: Mapping[str, Any], run_dir: str, *, averages: bool) -> d
     DeepSpeed's files have the same names in every job: under `nvme_path` each run directory gets a folder of its own.
 
     Raises:
-        UserError: DeepSpeed cannot build its operator here, or gets fewer buffers than it needs.
+        UserError: DeepSpeed gets fewer buffers than it needs.
     """
-    _build_operator()
     offload = _given(zero["offload_optimizer"])
     run = hashlib.sha256(str(Path(run_dir).absolute()).encode()).hexdigest()[:16]
     # Of what is updated at once; also of what is read ahead and of what is being written.
@@ -77,12 +76,13 @@ def open_swap_folder(
     which may have been of more ranks. All ranks call it.
 
     Raises:
-        UserError: DeepSpeed could not write there, or not lock its buffers into memory. It does not look at what
-            becomes of a write, and without buffers it aborts.
+        UserError: DeepSpeed cannot build its operator here, could not write there, or not lock its buffers into memory.
+            It does not look at what becomes of a write, and without buffers it aborts.
     """
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device") != "nvme":
         return
+    ranks.say("train: loading DeepSpeed's operator for NVMe, which it first builds for minutes")
     folder = Path(offload["nvme_path"])
     if ranks.local_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,6 +92,7 @@ def open_swap_folder(
     largest = max(min(sum(sizes), zero["sub_group_size"] * ranks.world_size + max(sizes)) for sizes in groups)
     error: UserError | None = None
     try:
+        _build_operator()
         _try_folder(folder, states * hosts.count(platform.node()))
         _try_lock(int(4 * offload["buffer_count"] * largest / ranks.world_size))
     except UserError as failed:
