@@ -37,7 +37,7 @@ def examine(directory: Path) -> None:
     for name, check in CHECKS.items():
         try:
             finding = check(directory)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: of a library that is missing.
             finding = Finding(str(error), "run `make setup`", fatal=True)
         mark = "ok  " if not finding.remedy else ("FAIL" if finding.fatal else "note")
         print(f"{mark}  {name:<14} {finding.found}{f'; {finding.remedy}' if finding.remedy else ''}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from crossguard.train.evaluation.decisions import Decisions
 from crossguard.train.evaluation.predictions import Predictions
 from crossguard.train.evaluation.stage import run_evaluation
 from crossguard.train.export.bundle import load_bundle, write_bundle
-from crossguard.train.export.predict import _workspace, predict
+from crossguard.train.export.predict import _locked, _workspace, predict
 from crossguard.train.stored_weights import load_weights
 
 
@@ -137,6 +138,19 @@ def test_what_killed_predictions_left_is_removed_and_others_stay(tmp_path: Path)
     with _workspace(tmp_path) as first, _workspace(tmp_path) as second:
         assert sorted(tmp_path.iterdir()) == sorted([first, second])
     assert not list(tmp_path.iterdir())
+
+
+def test_nobody_looks_for_killed_predictions_while_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tempfile.TemporaryDirectory
+
+    def made(**options: Any) -> Any:
+        with pytest.raises(BlockingIOError), _locked(tmp_path):
+            pass
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", made)
+    with _workspace(tmp_path) as folder, _locked(tmp_path), pytest.raises(BlockingIOError), _locked(folder):
+        pass
 
 
 def test_wrong_posts_are_all_listed_and_nothing_is_written(config: Config) -> None:

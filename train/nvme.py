@@ -82,7 +82,10 @@ def open_swap_folder(
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device") != "nvme":
         return
-    ranks.say("train: loading DeepSpeed's operator for NVMe, which it first builds for minutes")
+    ranks.say(
+        "train: loading DeepSpeed's operator for NVMe, which it first builds for minutes; where a build was killed, it"
+        " waits until the file `lock` is removed from async_io in ~/.cache/torch_extensions"
+    )
     folder = Path(offload["nvme_path"])
     if ranks.local_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -85,19 +85,23 @@ def _decided(bundle: Bundle, predictions: Predictions) -> dict[str, pa.Array]:
 @contextlib.contextmanager
 def _workspace(parent: Path) -> Iterator[Path]:
     """A temporary folder. A kernel lock says that it is in use, so that those of killed predictions can be removed."""
-    for old in parent.glob(f"{_WORKSPACE}*"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(old):
-            shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(prefix=_WORKSPACE, dir=parent) as folder, _locked(Path(folder)):
-        yield Path(folder)
+    with contextlib.ExitStack() as held:
+        # A folder that is not locked yet would be taken for that of a killed prediction.
+        with _locked(parent, waiting=True):
+            for old in parent.glob(f"{_WORKSPACE}*"):
+                with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(old):
+                    shutil.rmtree(old)
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=_WORKSPACE, dir=parent)))
+            held.enter_context(_locked(folder))
+        yield folder
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; raises BlockingIOError where another process does."""
+def _locked(folder: Path, *, waiting: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder; raises BlockingIOError where another process does, or is `waiting` for it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)
