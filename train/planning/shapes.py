@@ -50,7 +50,7 @@ class Shapes:
                 freeze_unused(
                     self.model, example_batch(config.model, self.num_labels, 1, PostSize.largest(config.model))
                 )
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"model: cannot be run on shapes alone, so not be planned ({reason})") from error
         # Names of the parameters that are frozen because nothing depends on them, or by adapters beside them.
