@@ -26,8 +26,8 @@ TIMEOUT = timedelta(hours=12)
 # All ranks are started together; what answers at the address but is no store of theirs is found out by this.
 JOIN_TIMEOUT = timedelta(minutes=10)
 # So many numbers are summed up on the CPU by sending each rank's to all others: gloo's all-reduce cuts even a small
-# tensor into two pieces a rank and passes each around twice. On 2 and 4 ranks of one machine that takes 1.3 to 3.4 times
-# as much CPU, for 12 numbers as for 4,096; what is sent grows with the ranks, so that the limit is lower.
+# tensor into two pieces a rank and passes each around twice. On 2 and 4 ranks of one machine that takes 1.3 to 3.4
+# times as much CPU, for 12 numbers as for 4,096; what is sent grows with the ranks, so that the limit is lower.
 MOST_GATHERED = 256
 
 
